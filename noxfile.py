@@ -1,0 +1,141 @@
+"""Every check of isoform by name: ``nox -l`` lists them, ``nox`` runs those that guard a change.
+
+What follows ``--`` reaches the program that a session runs, which for most is pytest:
+``nox -s conformance -- --impl numpy -k triangle``. ``nox -R`` reuses environments as they are.
+Versions are those of ``ci/constraints.txt``, whichever the machine.
+"""
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PINS = Path("ci/constraints.txt")
+COMPONENTS = ("reference", "kernels", "parallel", "conformance")
+QUICK_CASE = "evoformer/length-17/fp32/all-operands"
+OLDEST_PYTHON = next(
+    (v for v in nox.project.python_versions(PROJECT) if shutil.which(f"python{v}")), None
+)
+
+
+def install(session: nox.Session, *extras: str, groups: str = "", pins: Path = PINS) -> None:
+    """Install isoform in place, with some extras and dependency groups, everything pinned."""
+    session.install(
+        *("--editable", f".[{','.join(extras)}]" if extras else "."),
+        *(f"--group={group}" for group in groups.split()),
+        *(f"--constraint={pins}", f"--build-constraint={pins}"),
+    )
+
+
+def pytest(session: nox.Session, *args: str) -> None:
+    """Run pytest on two cores, one thread each, so that workers do not fight over them."""
+    threads = {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "--numprocesses=2", *args, *session.posargs, env=threads)
+
+
+def judge(session: nox.Session, mark: str) -> None:
+    """Run the conformance suite's checks of one kind on every implementation we register.
+
+    One environment serves them all. An ``--impl`` of the caller replaces ours.
+    """
+    install(session, "torch", "conformance", groups="test")
+    ours = PROJECT["project"]["entry-points"]["isoform.implementations"]
+    chosen = any(arg.startswith("--impl") for arg in session.posargs)
+    pytest(
+        session,
+        *("-p", "isoform.conformance.plugin", "--pyargs", "isoform.conformance.suite", "-m", mark),
+        *(f"--impl={name}" for name in ours if not chosen),
+    )
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, formatting, and the direction of imports."""
+    install(session, groups="lint")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict mypy over the four components, with the real types of torch."""
+    install(session, "torch", "conformance", groups="types")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Each component's own tests."""
+    install(session, "torch", "conformance", groups="test")
+    pytest(session)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Results, refusals and side effects of every implementation, against the definition."""
+    judge(session, "conformance")
+
+
+@nox.session
+def gradients(session: nox.Session) -> None:
+    """Every gradient of every implementation, against the hand-derived float64 backward."""
+    judge(session, "gradients")
+
+
+@nox.session
+def precision(session: nox.Session) -> None:
+    """How exact every implementation is: error over budget, against the twin, and its bias."""
+    judge(session, "precision")
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Judge several implementations on the shapes of real models: a table and an HTML report."""
+    install(session, "torch", "conformance")
+    session.run("isoform", "demo", *session.posargs)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The documentation as HTML; a warning is an error."""
+    install(session, "torch", "conformance", groups="docs")
+    options = ("--fail-on-warning", "--keep-going", *session.posargs)
+    session.run("sphinx-build", *options, "docs", "docs/_build/html")
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """The wheel, built from the sdist, works by itself in a clean environment without torch."""
+    install(session, groups="build")
+    out = Path(session.create_tmp())
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out))
+    wheel = out / f"isoform-{PROJECT['project']['version']}-py3-none-any.whl"
+
+    session.run("python", "-m", "venv", "--clear", str(out / "clean"))
+
+    def clean(program: str, *args: str) -> None:
+        session.run(str(out / "clean" / "bin" / program), *args, external=True)
+
+    clean("pip", "install", "--quiet", f"{wheel}[conformance]", "--constraint", str(PINS))
+    clean("python", "-c", "import " + ", ".join(f"isoform.{name}" for name in COMPONENTS))
+    clean("isoform", "check", "numpy", "--case", QUICK_CASE)
+
+
+@nox.session(default=False, python=OLDEST_PYTHON)
+def minimums(session: nox.Session) -> None:
+    """The tests on the oldest Python found and the oldest NumPy and torch that we promise."""
+    project = PROJECT["project"]
+    promised = project["dependencies"] + project["optional-dependencies"]["torch"]
+    floors = [requirement.replace(">=", "==") for requirement in promised]
+    replaced = tuple(floor.partition("==")[0] + "==" for floor in floors)
+    others = [pin for pin in PINS.read_text().splitlines() if not pin.startswith(replaced)]
+    pins = Path(session.create_tmp()) / "minimums.txt"
+    pins.write_text("\n".join([*others, *floors]))
+
+    install(session, "torch", "conformance", groups="test", pins=pins)
+    pytest(session)
