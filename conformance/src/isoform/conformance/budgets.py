@@ -1,0 +1,105 @@
+"""Budgets: how much error is allowed, where that comes from, and whether it is still true.
+
+The constants are not chosen but measured: ``isoform calibrate`` runs implementations that are known
+to be right over all cases, and records the largest error over u·κ, the largest ratio to the twin
+and the largest bias that they show. The constant is that figure times a margin. The record, with
+the date, the implementations and a digest of everything it depends on, is part of the package; a
+test fails when the digest no longer fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from isoform.conformance.dtypes import FORMATS
+from isoform.reference.contract import Arithmetic
+
+HERE = Path(__file__).parent
+DEPENDS_ON = (
+    "dtypes.py",
+    "metrics.py",
+    "oracle.py",
+    "case.py",
+    "evoformer/cases.py",
+    "evoformer/values.py",
+    "evoformer/condition.py",
+    "evoformer/twin.py",
+)
+"""What a calibration depends on: it is stale when any of these changes."""
+
+MARGIN = 2.0
+"""A constant is the largest figure seen in calibration times this."""
+
+SMALLEST = {"condition": 1.0, "twin_max": 2.0, "twin_mean": 1.25, "bias": 0.1}
+"""No constant is smaller than this, however well the calibrated implementations do."""
+
+ENOUGH = 256
+"""Elements a result must have for its statistics (twin, bias) to mean something."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limits for one result in one dtype.
+
+    Attributes:
+        condition: C of |error| ≤ C·(u·κ + η·λ).
+        twin_max: Largest error, as a multiple of the twin's.
+        twin_mean: Mean error, as a multiple of the twin's.
+        bias: |mean signed error| over the root mean square of the error.
+    """
+
+    condition: float
+    twin_max: float
+    twin_mean: float
+    bias: float
+
+
+def calibration_path(operation: str) -> Path:
+    """Where the calibration of ``operation`` is recorded."""
+    return HERE / "calibration" / f"{operation}.json"
+
+
+@cache
+def calibration(operation: str) -> dict[str, Any]:
+    """The recorded calibration of ``operation``.
+
+    Raises:
+        FileNotFoundError: It has never been calibrated.
+    """
+    record: dict[str, Any] = json.loads(calibration_path(operation).read_text())
+    return record
+
+
+def budget(operation: str, dtype: str, result: str) -> Budget:
+    """The limits for ``result`` in ``dtype``."""
+    limits = calibration(operation)["limits"][dtype][result]
+    return Budget(**{name: limits[name]["limit"] for name in SMALLEST})
+
+
+def digest() -> str:
+    """A digest of everything that a calibration depends on."""
+    content = hashlib.sha256()
+    for name in DEPENDS_ON:
+        content.update((HERE / name).read_bytes())
+    return content.hexdigest()
+
+
+def result_format(result: str, dtype: str) -> str:
+    """The format a result is returned in: lse is float32 at least (EVO-7)."""
+    return "float32" if result == "lse" and FORMATS[dtype].digits < 24 else dtype
+
+
+def units(result: str, dtype: str, arithmetic: Arithmetic) -> tuple[float, float]:
+    """Units (u and η) for ``result``: of the format it is returned in; for lse of what the logits are
+    kept in, where that is coarser.
+    """
+    formats = [FORMATS[result_format(result, dtype)]]
+    if result == "lse":
+        formats.append(FORMATS[arithmetic.resolve("logits", dtype)])
+    coarsest = min(formats, key=lambda float_format: float_format.digits)
+    return coarsest.unit_roundoff, coarsest.smallest

@@ -1,0 +1,1 @@
+"""Evoformer attention as the suite sees it: cases, condition, twin, wrong calls, mutants."""

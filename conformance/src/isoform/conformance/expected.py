@@ -1,0 +1,77 @@
+"""Expected failures: faults that registered implementations are known to have, each with a reason.
+
+They are kept in ``expected_failures.toml``. A failure that is expected does not fail a run; one
+that is expected and does not happen any more does, so that the list stays true.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from isoform.conformance.verdicts import Outcome, Verdict
+
+PATH = Path(__file__).with_name("expected_failures.toml")
+
+
+@dataclass(frozen=True)
+class ExpectedFailure:
+    """A fault that is known.
+
+    Attributes:
+        implementation: Who has it.
+        case: On which cases; a shell pattern of case ids.
+        check: Which check it fails, such as ``out/condition``; a shell pattern.
+        reason: What the fault is, and where it is known from.
+    """
+
+    implementation: str
+    case: str
+    check: str
+    reason: str
+
+    def covers(self, outcome: Outcome) -> bool:
+        """Whether this is about the implementation, the case and the result of ``outcome``."""
+        return (
+            outcome.implementation == self.implementation
+            and fnmatchcase(outcome.case, self.case)
+            and fnmatchcase(outcome.check, self.check.split("/")[0])
+        )
+
+
+@cache
+def expected_failures() -> tuple[ExpectedFailure, ...]:
+    """All that are recorded."""
+    entries = tomllib.loads(PATH.read_text()).get("failure", [])
+    return tuple(ExpectedFailure(**entry) for entry in entries)
+
+
+def explain(outcome: Outcome) -> str | None:
+    """The recorded reason for a failure; None where the outcome is no failure or not expected.
+
+    Every check that failed must be expected, not just one of them.
+    """
+    entries = [entry for entry in expected_failures() if entry.covers(outcome)]
+    reasons = {
+        check: entry.reason
+        for check in outcome.failed_checks
+        for entry in entries
+        if fnmatchcase(check, entry.check)
+    }
+    if not outcome.failed_checks or set(reasons) != set(outcome.failed_checks):
+        return None
+    return "; ".join(dict.fromkeys(reasons.values()))
+
+
+def no_longer_fails(outcome: Outcome) -> ExpectedFailure | None:
+    """The entry that expects ``outcome`` to fail, where it passes."""
+    if outcome.verdict is not Verdict.PASS:
+        return None
+    judged = {f"{outcome.check}/{part.name}" for part in outcome.parts} or {outcome.check}
+    for entry in expected_failures():
+        if entry.covers(outcome) and any(fnmatchcase(check, entry.check) for check in judged):
+            return entry
+    return None

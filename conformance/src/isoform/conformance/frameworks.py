@@ -1,0 +1,255 @@
+"""Array libraries, each behind the same few functions: put operands in, run, take results out.
+
+What differs between NumPy and PyTorch for the judge is here and nowhere else: how an array is made
+(with its strides), how gradients are had, how peak memory is seen, and what another device is.
+"""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from isoform.conformance.case import Operands
+from isoform.conformance.dtypes import Array
+from isoform.conformance.implementation import Implementation
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Framework(Protocol):
+    """What the judge needs of an array library."""
+
+    def devices(self) -> tuple[str, ...]:
+        """The kinds of device that are there."""
+
+    def upload(self, operands: Operands, device: str) -> dict[str, Any]:
+        """The library's arrays of the same numbers and strides."""
+
+    def download(self, x: Any) -> Array:
+        """A NumPy copy of a result."""
+
+    def run(
+        self,
+        implementation: Implementation,
+        operands: dict[str, Any],
+        scale: float | None,
+        *,
+        lse: bool,
+        gradients: Sequence[str],
+    ) -> dict[str, Any]:
+        """One call: the library's arrays of the results by name."""
+
+    def peak_memory(self, run: Callable[[], object], device: str) -> int:
+        """Bytes that ``run`` holds at most above what was held before."""
+
+    def poison(self, operands: dict[str, Any]) -> None:
+        """Fill memory that the next call is likely to be given with NaN, and give it back."""
+
+    def other_dtype(self, x: Any) -> Any:
+        """``x`` in another float dtype."""
+
+    def other_device(self, x: Any) -> Any:
+        """``x`` on another device than the one operands are on."""
+
+
+def framework(name: str) -> Framework:
+    """The array library called ``name``.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    found: Framework = _NumPy() if name == "numpy" else _Torch()
+    return found
+
+
+def _arguments(operands: dict[str, Any], scale: float | None, lse: bool) -> dict[str, Any]:
+    """The call's arguments: only what it uses, so that narrower signatures are served too."""
+    arguments = {name: x for name, x in operands.items() if name != "dout"}
+    if scale is not None:
+        arguments["scale"] = scale
+    if lse:
+        arguments["return_lse"] = True
+    return arguments
+
+
+def _named(returned: Any, lse: bool) -> dict[str, Any]:
+    """What a forward call returned, by name."""
+    if not lse:
+        return {"out": returned}
+    if not (isinstance(returned, tuple | list) and len(returned) == 2):
+        raise TypeError(f"with return_lse, (out, lse) must be returned, got {type(returned)}")
+    return {"out": returned[0], "lse": returned[1]}
+
+
+class _NumPy:
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu",)
+
+    def upload(self, operands: Operands, device: str) -> dict[str, Any]:
+        return dict(operands)
+
+    def download(self, x: Any) -> Array:
+        return np.array(x)
+
+    def run(
+        self,
+        implementation: Implementation,
+        operands: dict[str, Any],
+        scale: float | None,
+        *,
+        lse: bool,
+        gradients: Sequence[str],
+    ) -> dict[str, Any]:
+        returned = implementation.forward(**_arguments(operands, scale, lse))
+        results = _named(returned, lse)
+        if gradients:
+            assert implementation.backward is not None
+            arguments = _arguments(operands, scale, lse=False)
+            found = implementation.backward(operands["dout"], **arguments)
+            results |= {f"d{name}": getattr(found, f"d{name}") for name in gradients}
+        return results
+
+    def peak_memory(self, run: Callable[[], object], device: str) -> int:
+        tracemalloc.start()
+        try:
+            held = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            run()
+            return tracemalloc.get_traced_memory()[1] - held
+        finally:
+            tracemalloc.stop()
+
+    def poison(self, operands: dict[str, Any]) -> None:
+        for _ in range(2):  # as many as a call returns arrays of a size, forward and backward
+            [np.full(x.shape, np.nan, np.float64).astype(x.dtype) for x in operands.values()]
+
+    def other_dtype(self, x: Any) -> Any:
+        return x.astype(np.float64 if x.dtype != np.float64 else np.float32)
+
+    def other_device(self, x: Any) -> Any:
+        return _Elsewhere(x)
+
+
+@contextmanager
+def _standard_error_discarded() -> Iterator[None]:
+    """Discard what native code writes to the standard error."""
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(nowhere)
+        os.close(saved)
+
+
+class _Elsewhere:
+    """An array of NumPy's shape and dtype that says it lies on a GPU, as CuPy's do."""
+
+    device = "cuda:0"
+
+    def __init__(self, x: Array) -> None:
+        self.shape, self.dtype, self.ndim = x.shape, x.dtype, x.ndim
+
+
+class _Torch:
+    def __init__(self) -> None:
+        import torch
+
+        self.torch = torch
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu", "cuda") if self.torch.cuda.is_available() else ("cpu",)
+
+    def upload(self, operands: Operands, device: str) -> dict[str, Any]:
+        return {name: self._tensor(x, device) for name, x in operands.items()}
+
+    def _tensor(self, x: Array, device: str) -> Any:
+        bits = x.view(np.int16) if x.dtype == BFLOAT16 else x
+        tensor = self.torch.from_numpy(bits)
+        if x.dtype == BFLOAT16:
+            tensor = tensor.view(self.torch.bfloat16)
+        if device == "cpu":
+            return tensor
+        there = self.torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+        )
+        return there.copy_(tensor) if 0 not in tensor.stride() else tensor.to(device)
+
+    def download(self, x: Any) -> Array:
+        x = x.detach().cpu()
+        if x.dtype == self.torch.bfloat16:
+            return np.array(x.contiguous().view(self.torch.int16).numpy()).view(BFLOAT16)
+        return np.array(x.numpy())
+
+    def run(
+        self,
+        implementation: Implementation,
+        operands: dict[str, Any],
+        scale: float | None,
+        *,
+        lse: bool,
+        gradients: Sequence[str],
+    ) -> dict[str, Any]:
+        torch = self.torch
+        if implementation.backward is not None:
+            return _NumPy().run(implementation, operands, scale, lse=lse, gradients=gradients)
+        leaves = {
+            name: x.detach().requires_grad_() if name in gradients else x
+            for name, x in operands.items()
+        }
+        with torch.set_grad_enabled(bool(gradients)):
+            returned = implementation.forward(**_arguments(leaves, scale, lse))
+        results = _named(returned, lse)
+        if gradients:
+            found = torch.autograd.grad(
+                results["out"],
+                [leaves[name] for name in gradients],
+                operands["dout"],
+                allow_unused=True,
+            )
+            # an operand that the output does not depend on has gradient zero
+            results |= {
+                f"d{name}": torch.zeros_like(leaves[name]) if x is None else x
+                for name, x in zip(gradients, found, strict=True)
+            }
+        if results["out"].is_cuda:
+            torch.cuda.synchronize()
+        return results
+
+    def peak_memory(self, run: Callable[[], object], device: str) -> int:
+        torch = self.torch
+        if device == "cuda":
+            torch.cuda.synchronize()
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            torch.cuda.synchronize()
+            return int(torch.cuda.max_memory_allocated() - held)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        with _standard_error_discarded(), profile:  # the profiler talks to itself there
+            run()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+        return int(held.max(initial=0))
+
+    def poison(self, operands: dict[str, Any]) -> None:
+        for _ in range(2):
+            [
+                self.torch.full_like(x, True if x.dtype == self.torch.bool else self.torch.nan)
+                for x in operands.values()
+            ]
+
+    def other_dtype(self, x: Any) -> Any:
+        return x.to(self.torch.float64 if x.dtype != self.torch.float64 else self.torch.float32)
+
+    def other_device(self, x: Any) -> Any:
+        return x.to("meta")

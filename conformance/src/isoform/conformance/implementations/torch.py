@@ -1,0 +1,186 @@
+"""What PyTorch offers, as implementations: the reference, SDPA, FlexAttention.
+
+PyTorch's own functions know one additive mask or a score function, no gate and no rule for rows
+without a key; each adapter says what it adds, and declares what is left unsupported.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from isoform.conformance.implementation import Implementation
+from isoform.reference.contract import Arithmetic, Capabilities, evoformer_call
+from isoform.reference.torch import evoformer_attention, evoformer_attention_tiled
+
+NAME = "evoformer_attention"
+DEVICES = frozenset({"cpu", "cuda"})
+
+REFERENCE = Implementation(
+    name="torch-reference",
+    framework="torch",
+    capabilities=Capabilities(NAME, devices=DEVICES, memory="quadratic", deterministic=True),
+    forward=evoformer_attention,
+)
+
+TILED = Implementation(
+    name="torch-tiled",
+    framework="torch",
+    capabilities=Capabilities(NAME, devices=DEVICES, memory="linear", deterministic=True),
+    forward=evoformer_attention_tiled,
+)
+
+SDPA_CAPABILITIES = Capabilities(
+    NAME,
+    devices=DEVICES,
+    lse=False,
+    min_length=1,
+    memory="quadratic",
+    # one additive mask in q's dtype: the sum of the biases is rounded to it
+    arithmetic=Arithmetic(logits="operand", probabilities="operand", dlogits="operand"),
+)
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` under the contract.
+
+    Added around it: rows become batch, all biases and the mask are merged into one additive mask,
+    dropped keys and values are replaced by zeros, the gate is applied.
+
+    Raises:
+        Unsupported: lse is wanted, or an axis is empty.
+    """
+    operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
+    _require(SDPA_CAPABILITIES, "torch-sdpa", q, k, v, scale, return_lse, operands)
+    B, S, Q, H, D = q.shape
+    K, G = k.shape[2:4]
+    additive = None
+    if any(operand is not None for operand in (mask, mask_bias, pair_bias)):
+        additive = q.new_zeros(B, S, H, Q, K)
+        for bias in (mask_bias, pair_bias):
+            additive = additive if bias is None else additive + bias
+        if mask is not None:
+            additive = additive.masked_fill(~mask[:, :, None, None, :], -torch.inf)
+        additive = additive.reshape(B * S, H, Q, K)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.reshape(B * S, Q, H, D).transpose(1, 2),
+        _attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
+        _attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
+        attn_mask=additive,
+        scale=None if scale is None else float(scale),
+        enable_gqa=G != H,
+    )
+    return _gated(out.transpose(1, 2).reshape(q.shape), gate)
+
+
+SDPA = Implementation("torch-sdpa", "torch", SDPA_CAPABILITIES, sdpa)
+
+FLEX_CAPABILITIES = Capabilities(
+    NAME,
+    min_length=1,
+    gradients=frozenset(),
+    memory="quadratic",
+    arithmetic=Arithmetic(probabilities="operand"),
+)
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """``torch.nn.attention.flex_attention`` under the contract, not compiled: what a CPU without a
+    compiler runs. It has no backward there.
+
+    Added around it: rows become batch, the biases and the mask are a score function, dropped keys
+    and values are replaced by zeros, the gate is applied.
+
+    Raises:
+        Unsupported: A gradient is wanted, or an axis is empty.
+    """
+    operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
+    _require(FLEX_CAPABILITIES, "torch-flex", q, k, v, scale, return_lse, operands)
+    B, S, Q, H, D = q.shape
+    K, G = k.shape[2:4]
+
+    def score(s: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if mask_bias is not None:
+            s = s + mask_bias.reshape(B * S, K)[row, key]
+        if pair_bias is not None:
+            s = s + pair_bias[row // S, 0, head, query, key]
+        if mask is not None:
+            s = torch.where(mask.reshape(B * S, K)[row, key], s, -torch.inf)
+        return s
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        out, aux = flex_attention(
+            q.reshape(B * S, Q, H, D).transpose(1, 2),
+            _attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
+            _attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
+            score_mod=score,
+            scale=None if scale is None else float(scale),
+            enable_gqa=G != H,
+            return_aux=AuxRequest(lse=True),
+        )
+    out = _gated(out.transpose(1, 2).reshape(q.shape), gate)
+    assert aux.lse is not None  # it was asked for
+    return (out, aux.lse.reshape(B, S, H, Q)) if return_lse else out
+
+
+FLEX = Implementation("torch-flex", "torch", FLEX_CAPABILITIES, flex)
+
+
+def _require(
+    capabilities: Capabilities,
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    return_lse: bool,
+    operands: dict[str, Tensor | None],
+) -> None:
+    """Check the call, and decline what is not supported."""
+    named: dict[str, Any] = {"q": q, "k": k, "v": v, **operands}
+    call = evoformer_call(
+        **named,
+        scale=scale,
+        lse=return_lse,
+        device=getattr(q, "device", torch.device("cpu")).type,
+        gradients=[key for key, x in named.items() if isinstance(x, Tensor) and x.requires_grad],
+    )
+    capabilities.require(call, name)
+
+
+def _attended(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else torch.where(mask[..., None, None], x, torch.zeros_like(x))
+
+
+def _gated(out: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return out
+    wide = torch.promote_types(out.dtype, torch.float32)
+    return (out.to(wide) * torch.sigmoid(gate.to(wide))).to(out.dtype)

@@ -1,0 +1,394 @@
+"""The judge: runs one implementation on one case and says, check by check, what it is worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from isoform.conformance.budgets import Budget, budget, result_format
+from isoform.conformance.case import Case, Operands
+from isoform.conformance.dtypes import Array
+from isoform.conformance.frameworks import Framework, framework
+from isoform.conformance.implementation import Implementation
+from isoform.conformance.metrics import Errors, pattern_fault
+from isoform.conformance.operation import Operation
+from isoform.conformance.operations import OPERATIONS
+from isoform.conformance.oracle import Expected, expected, figures, measure
+from isoform.conformance.verdicts import GROUPS, Outcome, Part, Verdict
+from isoform.reference.contract import Unsupported
+
+FORWARD = ("out", "lse")
+"""Results of the operation itself; all others are gradients."""
+
+
+def judge(
+    implementation: Implementation,
+    case: Case,
+    *,
+    groups: Collection[str] = GROUPS,
+    device: str = "cpu",
+    architecture: str = "",
+    large: bool = False,
+) -> list[Outcome]:
+    """Judge ``implementation`` on ``case``.
+
+    Args:
+        implementation: Whom to judge.
+        case: On what.
+        groups: Which groups of checks.
+        device: Where to run it.
+        architecture: The GPU's architecture, where it is one.
+        large: Run on the CPU even what is too large for it.
+
+    Returns:
+        One outcome per check; at least one, and ``not run`` with the reason where nothing ran.
+    """
+    library = framework(implementation.framework)
+    trial = _Trial(implementation, case, library, device, architecture)
+    ordered = [group for group in GROUPS if group in groups]
+    if device not in library.devices():
+        return [trial.outcome(ordered[0], "case", Verdict.NOT_RUN, f"no device {device} here")]
+    if case.large and device == "cpu" and not large:
+        message = "too large for a CPU; --large runs it"
+        return [trial.outcome(ordered[0], "case", Verdict.NOT_RUN, message)]
+    return list(trial.run(ordered))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a call came to: results of the library, or an exception."""
+
+    results: dict[str, Any] | None
+    exception: Exception | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One implementation on one case."""
+
+    implementation: Implementation
+    case: Case
+    library: Framework
+    device: str
+    architecture: str
+
+    @property
+    def operation(self) -> Operation:
+        return OPERATIONS[self.case.operation]
+
+    def run(self, groups: Sequence[str]) -> Iterator[Outcome]:
+        """All checks of ``groups``."""
+        declared = self.implementation.capabilities
+        differentiates = self.case.differentiate and not {"gradients", "precision"}.isdisjoint(
+            groups
+        )
+        present = [
+            name
+            for name in self.operation.differentiable
+            if differentiates and (name in ("q", "k", "v") or name in self.case.operands)
+        ]
+        gradients = [name for name in present if name in declared.gradients]
+        declined = self.reasons()
+        lse = declared.lse and not declined
+
+        truth = expected(self.case, differentiates)
+        # made anew: an implementation that writes to its operands must not spoil the oracle's
+        operands = self.library.upload(self.operation.operands(self.case), self.device)
+        before = self.downloaded(operands)
+        self.library.poison(operands)
+        answer = self.ask(operands, lse=lse, gradients=gradients)
+
+        if declined:
+            yield self.refused(groups[0], "case", answer, declined)
+        if answer.results is None:
+            if not declined:
+                yield self.failed(groups[0], "case", answer)
+            return
+        results = self.downloaded(answer.results)
+        for group in groups:
+            for name, actual in results.items():
+                if _looks_at(group, name):
+                    yield self.compared(group, name, actual, truth, answer.seconds)
+        if declined:
+            return
+
+        if "conformance" in groups and not declared.lse:
+            refused = self.ask(operands, lse=True, gradients=[])
+            yield self.refused("conformance", "lse", refused, self.reasons(lse=True))
+        if "gradients" in groups and len(gradients) < len(present):
+            refused = self.ask(operands, lse=False, gradients=present)
+            reasons = self.reasons(gradients=present)
+            yield self.refused("gradients", "gradients", refused, reasons)
+        if groups != ["precision"]:
+            yield from self.behaves(groups[0], operands, before, answer.results, results, truth)
+
+    def ask(self, operands: dict[str, Any], *, lse: bool, gradients: Sequence[str]) -> _Answer:
+        """Call the implementation. Whatever it raises is its answer."""
+        start = time.perf_counter()
+        try:
+            results = self.library.run(
+                self.implementation, operands, self.case.scale, lse=lse, gradients=gradients
+            )
+        except Exception as exception:
+            return _Answer(None, exception, time.perf_counter() - start)
+        return _Answer(results, None, time.perf_counter() - start)
+
+    def reasons(self, gradients: Sequence[str] = (), lse: bool = False) -> tuple[str, ...]:
+        """Why the implementation declares such a call unsupported; empty if it does not."""
+        call = self.operation.call_for(
+            self.case,
+            gradients=frozenset(gradients),
+            lse=lse,
+            device=self.device,
+            architecture=self.architecture,
+        )
+        return self.implementation.capabilities.unsupported_reasons(call)
+
+    def failed(self, group: str, check: str, answer: _Answer) -> Outcome:
+        """A supported call that did not return."""
+        broken = isinstance(answer.exception, Unsupported)
+        verdict = Verdict.BROKEN_DECLARATION if broken else Verdict.ERROR
+        return self.outcome(group, check, verdict, _sentence(answer.exception))
+
+    def refused(self, group: str, check: str, answer: _Answer, reasons: tuple[str, ...]) -> Outcome:
+        """A call that is declared unsupported."""
+        declared = f"declared unsupported: {'; '.join(reasons)}"
+        if isinstance(answer.exception, Unsupported):
+            return self.outcome(group, check, Verdict.UNSUPPORTED, declared)
+        if answer.exception is None:
+            return self.outcome(group, check, Verdict.UNDECLARED, f"{declared}, but it returned")
+        message = f"{declared}, but raised {_sentence(answer.exception)}"
+        return self.outcome(group, check, Verdict.BAD_REFUSAL, message)
+
+    def compared(
+        self, group: str, name: str, actual: Array, truth: Expected, seconds: float
+    ) -> Outcome:
+        """One result against the part of its budget that ``group`` looks at."""
+        dtype = result_format(name, self.case.dtype)
+        shape = truth.results[name].shape
+        for kind, got, wanted in (
+            ("shape", actual.shape, shape),
+            ("dtype", str(actual.dtype), dtype),
+        ):
+            if got != wanted:
+                message = f"{name} has {kind} {got}, must have {wanted}"
+                part = Part(kind, False, detail=message)
+                return self.outcome(group, name, Verdict.WRONG, message, parts=(part,))
+
+        arithmetic = self.implementation.capabilities.arithmetic
+        errors = measure(self.case, arithmetic, name, actual, truth)
+        limits = budget(self.case.operation, self.case.dtype, name)
+        if group == "precision":
+            found = figures(self.case, arithmetic, name, errors, truth)
+            parts = _statistics(found, limits)
+        else:
+            fault = pattern_fault(
+                actual, truth.results[name], truth.zeros.get(name), dtype, lse=name == "lse"
+            )
+            parts = (_pattern(fault), _condition(errors, limits))
+        broken = [part for part in parts if not part.holds]
+        return self.outcome(
+            group,
+            name,
+            Verdict.WRONG if broken else Verdict.PASS,
+            "; ".join(_describe(name, part) for part in broken),
+            parts=parts,
+            errors=errors,
+            seconds=seconds,
+        )
+
+    def behaves(
+        self,
+        group: str,
+        operands: dict[str, Any],
+        before: Operands,
+        returned: dict[str, Any],
+        results: Operands,
+        truth: Expected,
+    ) -> Iterator[Outcome]:
+        """What must hold of any call, whatever its numbers."""
+        after = self.downloaded(operands)
+        changed = [name for name in operands if not _same(before[name], after[name])]
+        yield self.say(group, "unmodified", not changed, f"the call changed {', '.join(changed)}")
+
+        # a call with other operands in between, then the same again
+        lse = "lse" in results
+        gradients = [name[1:] for name in results if name not in FORWARD]
+        others = {name: x if x.dtype == bool else -x[..., ::-1] for name, x in before.items()}
+        self.ask(self.library.upload(others, self.device), lse=lse, gradients=gradients)
+        kept = self.downloaded(returned)
+        overwritten = [name for name in results if not _same(results[name], kept[name])]
+        again = self.ask(operands, lse=lse, gradients=gradients)
+        if again.results is None:
+            yield self.failed(group, "independence", again)
+            return
+        repeated = self.downloaded(again.results)
+        different = [name for name in results if not _same(results[name], repeated[name])]
+        if self.implementation.capabilities.deterministic:
+            message = f"{', '.join(different)} differ from one run to the next"
+            yield self.say(group, "determinism", not different, message)
+        wrong = [
+            name
+            for name in different
+            if self.compared(group, name, repeated[name], truth, 0.0).verdict.fails
+        ]
+        message = (
+            f"a later call changed {', '.join(overwritten)}, returned by an earlier one"
+            if overwritten
+            else f"{', '.join(wrong)} are wrong after a call with other operands"
+        )
+        yield self.say(group, "independence", not overwritten and not wrong, message)
+
+    def downloaded(self, arrays: dict[str, Any]) -> Operands:
+        """NumPy copies."""
+        return {name: self.library.download(x) for name, x in arrays.items()}
+
+    def say(self, group: str, check: str, holds: bool, message: str) -> Outcome:
+        """The outcome of a check that is a plain yes or no."""
+        verdict = Verdict.PASS if holds else Verdict.WRONG
+        return self.outcome(group, check, verdict, "" if holds else message)
+
+    def outcome(
+        self, group: str, check: str, verdict: Verdict, message: str = "", **more: Any
+    ) -> Outcome:
+        """An outcome of this trial."""
+        return Outcome(
+            self.implementation.name, self.case.id, group, check, verdict, message, **more
+        )
+
+
+def _looks_at(group: str, result: str) -> bool:
+    return group == "precision" or (group == "gradients") == (result not in FORWARD)
+
+
+def _pattern(fault: str | None) -> Part:
+    return Part("pattern", fault is None, float(fault is not None), 0.0, fault or "")
+
+
+def _condition(errors: Errors, limits: Budget) -> Part:
+    where = (
+        f"at {list(errors.worst)} it is {errors.worst_value:g}, "
+        f"the definition says {errors.worst_reference:g}"
+    )
+    holds = errors.ratio_max <= limits.condition
+    return Part("condition", holds, errors.ratio_max, limits.condition, where)
+
+
+def _statistics(found: dict[str, float] | None, limits: Budget) -> tuple[Part, ...]:
+    """The parts of the budget that look at all elements together."""
+    return tuple(
+        Part(name, figure <= getattr(limits, name), figure, getattr(limits, name))
+        for name, figure in (found or {}).items()
+    )
+
+
+_WORDS = {
+    "pattern": "{detail}",
+    "condition": "error {figure:.3g} u·κ, allowed {limit:.3g}: {detail}",
+    "twin_max": "largest error {figure:.3g} times the twin's, allowed {limit:.3g}",
+    "twin_mean": "mean error {figure:.3g} times the twin's, allowed {limit:.3g}",
+    "bias": "errors lean to one side by {figure:.3g} of their size, allowed {limit:.3g}",
+}
+
+
+def _describe(result: str, part: Part) -> str:
+    return f"{result}: {_WORDS[part.name].format(**vars(part))}"
+
+
+def _sentence(exception: Exception | None) -> str:
+    return f"{type(exception).__name__}: {exception}".splitlines()[0]
+
+
+def _same(a: Array, b: Array) -> bool:
+    """Bitwise equality, but for the payload of NaN."""
+    return a.dtype == b.dtype and bool(np.all((a == b) | ((a != a) & (b != b))))
+
+
+def judge_invalid_calls(implementation: Implementation, device: str = "cpu") -> list[Outcome]:
+    """Whether every wrong call gets the right exception, which names the operand (EVO-12)."""
+    operation = OPERATIONS[implementation.operation]
+    capabilities = implementation.capabilities
+    library = framework(implementation.framework)
+    offered = capabilities.operands | {"q", "k", "v", "dout"}
+    probe = replace(
+        operation.probe,
+        dtype=next(name for name in _PROBE_DTYPES if name in capabilities.dtypes),
+        operands=operation.probe.operands & capabilities.operands,
+    )
+    trial = _Trial(implementation, probe, library, device, "")
+    operands = library.upload(operation.draw(probe), device)
+    before = trial.downloaded(operands)
+
+    outcomes = []
+    for invalid in operation.invalid_calls:
+        about = invalid.name.split(":")[0]
+        if about not in (*offered, "scale", "heads") or (
+            about == "heads" and not capabilities.grouped_heads
+        ):
+            continue
+        spoiled = invalid.spoil(operands | {"scale": None}, library)
+        scale = spoiled.pop("scale")
+        try:
+            library.run(implementation, spoiled, scale, lse=False, gradients=[])
+        except invalid.raises as exception:
+            fault = (
+                ""
+                if invalid.says in str(exception)
+                else (f"the message does not name {invalid.says}: {_sentence(exception)}")
+            )
+        except Exception as exception:
+            fault = f"must raise {invalid.raises.__name__}, raised {_sentence(exception)}"
+        else:
+            fault = f"must raise {invalid.raises.__name__}, returned"
+        outcomes.append(trial.say("conformance", f"invalid/{invalid.name}", not fault, fault))
+    after = trial.downloaded(operands)
+    changed = [name for name in operands if not _same(before[name], after[name])]
+    message = f"wrong calls changed {', '.join(changed)}"
+    outcomes.append(trial.say("conformance", "invalid/unmodified", not changed, message))
+    return outcomes
+
+
+_PROBE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+MEMORY_LENGTHS = (512, 1024, 2048)
+MEMORY_GROWTH = 1.25
+"""What counts as linear: the exponent of the growth from the second length to the third."""
+
+
+def judge_memory(implementation: Implementation, device: str = "cpu") -> Outcome:
+    """Whether peak memory grows with the length, not with its square, where so declared."""
+    operation = OPERATIONS[implementation.operation]
+    capabilities = implementation.capabilities
+    library = framework(implementation.framework)
+    peaks = []
+    for length in MEMORY_LENGTHS:
+        case = operation.memory_case(length)
+        case = replace(case, operands=case.operands & capabilities.operands)
+        trial = _Trial(implementation, case, library, device, "")
+        if reasons := trial.reasons():
+            return trial.outcome("conformance", "memory", Verdict.NOT_RUN, "; ".join(reasons))
+        operands = library.upload(operation.draw(case), device)
+        gradients = [name for name in operands if name in capabilities.gradients]
+
+        def call(operands: Any = operands, gradients: Any = gradients) -> object:
+            return library.run(
+                implementation, operands, None, lse=capabilities.lse, gradients=gradients
+            )
+
+        peaks.append(library.peak_memory(call, device))
+    growth = float(np.log2(peaks[-1] / peaks[-2]))
+    allowed = MEMORY_GROWTH if capabilities.memory == "linear" else 2.25
+    part = Part("growth", growth <= allowed, growth, allowed)
+    if part.holds:
+        return trial.outcome("conformance", "memory", Verdict.PASS, parts=(part,))
+    figures = ", ".join(
+        f"{peak / 2**20:.1f} MiB at L={length}"
+        for length, peak in zip(MEMORY_LENGTHS, peaks, strict=True)
+    )
+    message = f"declared {capabilities.memory}, but grows as L^{growth:.2f}: {figures}"
+    return trial.outcome("conformance", "memory", Verdict.WRONG, message, parts=(part,))

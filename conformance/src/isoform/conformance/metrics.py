@@ -1,0 +1,153 @@
+"""How far a result is from the oracle's: the figures that verdicts and reports are made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from isoform.conformance.dtypes import FORMATS, Array, ulp
+
+ULP_EDGES = (0.0, 0.25, 0.5, 1.0, *(2.0**n for n in range(1, 25)), float("inf"))
+"""Edges of the ULP histogram's bins."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The errors of one result, over the elements where oracle and result are finite.
+
+    Attributes:
+        count: How many elements that is.
+        max_abs: Largest absolute error.
+        mean_abs: Mean absolute error.
+        frobenius: ‖x − reference‖ / ‖reference‖; NaN where the reference vanishes.
+        ulp_p50: Median error in units of the last place of the result's dtype.
+        ulp_p99: 99th percentile of it.
+        ulp_max: Largest.
+        ratio_p50: Median of error over u·κ + η·λ.
+        ratio_p99: 99th percentile of it.
+        ratio_max: Largest.
+        bias: |mean signed error| over the root mean square; signed away from zero.
+        worst: Coordinate of the largest ratio.
+        worst_value: The result there.
+        worst_reference: The oracle's there.
+        histogram: Counts of errors by ULP, in bins between :data:`ULP_EDGES`.
+    """
+
+    count: int
+    max_abs: float
+    mean_abs: float
+    frobenius: float
+    ulp_p50: float
+    ulp_p99: float
+    ulp_max: float
+    ratio_p50: float
+    ratio_p99: float
+    ratio_max: float
+    bias: float
+    worst: tuple[int, ...]
+    worst_value: float
+    worst_reference: float
+    histogram: tuple[int, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """A dictionary of plain numbers."""
+        return asdict(self)
+
+
+def errors(actual: Array, reference: Array, budget: Array, dtype: str) -> Errors:
+    """Measure ``actual`` against ``reference``.
+
+    Args:
+        actual: The result, any float dtype.
+        reference: The oracle's, float64, of equal shape.
+        budget: u·κ + η·λ, element by element.
+        dtype: The result's format, for units of the last place.
+    """
+    wide = actual.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        comparable = np.isfinite(wide) & np.isfinite(reference)
+        difference = np.where(comparable, wide - reference, 0.0)
+        size = np.abs(difference)
+        ratio = np.where(size > 0, size / budget, 0.0)
+        units = np.where(comparable, size / ulp(np.where(comparable, reference, 0), dtype), 0.0)
+    count = int(comparable.sum())
+    if count == 0:
+        empty = tuple(0 for _ in ULP_EDGES[1:])
+        zero = dict.fromkeys(
+            (
+                *("max_abs", "mean_abs", "frobenius", "ulp_p50", "ulp_p99", "ulp_max"),
+                *("ratio_p50", "ratio_p99", "ratio_max", "bias"),
+            ),
+            0.0,
+        )
+        return Errors(0, worst=(), worst_value=0.0, worst_reference=0.0, histogram=empty, **zero)
+
+    worst = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+    norm = float(np.linalg.norm(reference[comparable]))
+    rms = float(np.sqrt(np.mean(difference[comparable] ** 2)))
+    direction = np.where(np.abs(reference) > budget, np.sign(reference), 0)  # else it is noise
+    outward = float(np.mean((difference * direction)[comparable]))
+    ulp_p50, ulp_p99, ulp_max = _percentiles(units[comparable])
+    ratio_p50, ratio_p99, ratio_max = _percentiles(ratio[comparable])
+    return Errors(
+        count=count,
+        max_abs=float(size.max()),
+        mean_abs=float(size[comparable].mean()),
+        frobenius=float(np.linalg.norm(difference[comparable])) / norm if norm else float("nan"),
+        ulp_p50=ulp_p50,
+        ulp_p99=ulp_p99,
+        ulp_max=ulp_max,
+        ratio_p50=ratio_p50,
+        ratio_p99=ratio_p99,
+        ratio_max=ratio_max,
+        bias=abs(outward) / rms if rms else 0.0,
+        worst=tuple(int(i) for i in worst),
+        worst_value=float(wide[worst]),
+        worst_reference=float(reference[worst]),
+        histogram=tuple(int(n) for n in np.histogram(units[comparable], ULP_EDGES)[0]),
+    )
+
+
+def _percentiles(x: Array) -> tuple[float, float, float]:
+    p50, p99 = np.percentile(x, (50, 99))
+    return float(p50), float(p99), float(x.max())
+
+
+def pattern_fault(
+    actual: Array, reference: Array, zeros: Array | None, dtype: str, *, lse: bool
+) -> str | None:
+    """What the result's NaN, ±inf and exact zeros do that the contract does not allow.
+
+    Args:
+        actual: The result.
+        reference: The oracle's, float64.
+        zeros: Where the contract fixes exact zeros; None where nowhere.
+        dtype: The result's format: what lies beyond it may be rounded to ±inf.
+        lse: Whether this is lse, where NaN and +inf both tell of a +inf logit (EVO-9).
+
+    Returns:
+        A sentence with the first wrong coordinate, or None.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        wide = actual.astype(np.float64)
+        limit = FORMATS[dtype].largest
+        beyond = np.isfinite(reference) & (np.abs(reference) > limit * (1 - 2**-6))
+        undefined = np.isnan(reference) | (lse & (reference == np.inf))
+        faults = {
+            "must be NaN": undefined & ~(np.isnan(wide) | (lse & (wide == np.inf))),
+            "must not be NaN": np.isnan(wide) & ~undefined,
+            "must be infinite": np.isinf(reference) & ~undefined & (wide != reference),
+            "must be finite": np.isinf(wide) & np.isfinite(reference) & ~beyond,
+        }
+        if zeros is not None:
+            faults["must be exactly 0"] = zeros & (wide != 0)
+    for what, where in faults.items():
+        if where.any():
+            first = tuple(int(i) for i in np.argwhere(where)[0])
+            return (
+                f"{int(where.sum())} of {where.size} elements {what}: "
+                f"at {list(first)} it is {wide[first]:g}, the definition says {reference[first]:g}"
+            )
+    return None

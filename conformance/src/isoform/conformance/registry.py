@@ -1,0 +1,79 @@
+"""Implementations by name: those registered as entry points, and anything as ``module:OBJECT``.
+
+A package offers an implementation by an entry point in the group ``isoform.implementations``; those
+that come with isoform use the same door. Nothing is imported until it is asked for, so that what
+is not installed (PyTorch, CuPy) is a reason to report, not an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+from isoform.conformance.case import UnknownName
+from isoform.conformance.implementation import Implementation, adopt
+
+GROUP = "isoform.implementations"
+
+
+class Unavailable(Exception):
+    """An implementation is registered, but something that it needs is not installed."""
+
+    def __init__(self, name: str, cause: ImportError) -> None:
+        self.name = name
+        missing = (cause.name or str(cause)).split(".")[0]
+        super().__init__(
+            f"{name} needs {missing}: install it with 'pip install {_remedy(missing)}'"
+        )
+
+
+def _remedy(missing: str) -> str:
+    """What to install for a module that is missing."""
+    extras = {"torch": "torch", "cupy": "cuda13", "mpi4py": "mpi"}
+    return f'"isoform[{extras[missing]}]"' if missing in extras else missing
+
+
+def registered() -> dict[str, EntryPoint]:
+    """The entry points of all registered implementations, by name."""
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP))}
+
+
+def find(name: str, *, framework: str = "torch") -> Implementation:
+    """The implementation called ``name``, or the object that ``module:OBJECT`` names.
+
+    Args:
+        name: A registered name, or ``module:OBJECT``; modules in the current directory are found.
+        framework: Whose arrays a bare function takes.
+
+    Raises:
+        UnknownName: There is no such implementation, module or object.
+        Unavailable: It needs something that is not installed.
+        TypeError: The object is no implementation.
+    """
+    if ":" in name:
+        return _load(name, framework)
+    entries = registered()
+    if name not in entries:
+        raise UnknownName("implementation", name, entries.keys())
+    try:
+        return adopt(entries[name].load(), name=name)
+    except ImportError as cause:
+        raise Unavailable(name, cause) from cause
+
+
+def _load(path: str, framework: str) -> Implementation:
+    module_name, _, attribute = path.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: the caller's own module
+    try:
+        found: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as cause:
+        if cause.name and module_name.startswith(cause.name):
+            raise UnknownName("module", module_name, ()) from cause
+        raise Unavailable(path, cause) from cause
+    for step in attribute.split("."):
+        if not hasattr(found, step):
+            raise UnknownName(f"object in {module_name}", attribute, vars(found).keys())
+        found = getattr(found, step)
+    return adopt(found, framework=framework)

@@ -1,0 +1,259 @@
+"""A run: implementations judged on cases, and the record of it that reports are made of."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from isoform.conformance.case import CASES_VERSION, Case
+from isoform.conformance.frameworks import framework
+from isoform.conformance.implementation import Implementation
+from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory
+from isoform.conformance.metrics import Errors
+from isoform.conformance.operations import OPERATIONS
+from isoform.conformance.verdicts import (
+    GROUPS,
+    Outcome,
+    Part,
+    Verdict,
+)
+
+SCHEMA = 1
+"""Version of the JSON that :meth:`Run.as_json` writes."""
+
+Progress = Callable[[Implementation, Case], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was judged, where, with what outcome.
+
+    Attributes:
+        outcomes: One for every check.
+        capabilities: What each implementation declares, by its name, as plain data.
+        environment: Date, versions, processor: what someone needs to see it again.
+        sources: ``module:OBJECT`` of each implementation that is not a registered one, by name.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    capabilities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def counts(self, implementation: str | None = None) -> dict[Verdict, int]:
+        """How many checks came to each verdict, for one implementation or for all."""
+        return Counter(
+            outcome.verdict
+            for outcome in self.outcomes
+            if implementation in (None, outcome.implementation)
+        )
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The names of those that were judged, in order."""
+        return tuple(dict.fromkeys(outcome.implementation for outcome in self.outcomes))
+
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        """The outcomes in which an implementation is at fault."""
+        return tuple(outcome for outcome in self.outcomes if outcome.verdict.fails)
+
+    @property
+    def ran(self) -> bool:
+        """Whether anything was checked at all."""
+        checked = {*Verdict} - {Verdict.NOT_RUN, Verdict.UNSUPPORTED}
+        return any(outcome.verdict in checked for outcome in self.outcomes)
+
+    def as_json(self) -> str:
+        """The run as a JSON document (schema :data:`SCHEMA`), one line for every outcome.
+
+        JSON has no NaN and no infinity: they are the strings ``"nan"``, ``"inf"`` and ``"-inf"``.
+        """
+        document = {
+            "schema": SCHEMA,
+            "cases_version": CASES_VERSION,
+            "environment": self.environment,
+            "capabilities": self.capabilities,
+            "sources": self.sources,
+        }
+        head = json.dumps(document, indent=1, allow_nan=False).removesuffix("\n}")
+        outcomes = (
+            json.dumps(plain(asdict(outcome)), allow_nan=False) for outcome in self.outcomes
+        )
+        return head + ',\n "outcomes": [\n' + ",\n".join(outcomes) + "\n ]\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        """Read what :meth:`as_json` wrote.
+
+        Raises:
+            ValueError: It is no such document, or of another schema.
+        """
+        document = json.loads(text)
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+            raise ValueError(f"not a record of a run, or not of schema {SCHEMA}")
+        return cls(
+            tuple(_outcome(entry) for entry in document["outcomes"]),
+            document["capabilities"],
+            document["environment"],
+            document.get("sources", {}),
+        )
+
+
+def plain(x: Any) -> Any:
+    """``x`` with its NaN and infinities as strings, as JSON wants it; :func:`number` undoes it."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def number(x: Any) -> Any:
+    """What :func:`plain` made of a field that holds a number, or several."""
+    if isinstance(x, list):
+        return tuple(x)
+    return float(x) if x in ("nan", "inf", "-inf") else x
+
+
+def _outcome(entry: dict[str, Any]) -> Outcome:
+    errors = entry["errors"]
+    if errors is not None:
+        errors = Errors(**{key: number(x) for key, x in errors.items()})
+    parts = tuple(
+        Part(**part | {key: number(part[key]) for key in ("figure", "limit")})
+        for part in entry["parts"]
+    )
+    return Outcome(
+        **entry | {"errors": errors, "parts": parts, "verdict": Verdict(entry["verdict"])}
+    )
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted by the user.
+
+    Attributes:
+        run: What had been judged until then.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("interrupted")
+        self.run = run
+
+
+def run(
+    implementations: Sequence[Implementation],
+    cases: Iterable[Case],
+    *,
+    groups: Collection[str] = GROUPS,
+    device: str = "cpu",
+    architecture: str = "",
+    large: bool = False,
+    invalid_calls: bool = True,
+    memory: bool = True,
+    progress: Progress = lambda implementation, case: None,
+) -> Run:
+    """Judge every implementation on every case.
+
+    Args:
+        implementations: Whom.
+        cases: On what. Case by case, so that the oracle is asked once for all implementations.
+        groups: Which groups of checks. The two that follow belong to ``conformance``.
+        device: Where.
+        architecture: The GPU's architecture, where it is one.
+        large: Run on the CPU even what is too large for it.
+        invalid_calls: Whether to judge the answers to wrong calls, once per implementation.
+        memory: Whether to judge how peak memory grows, once per implementation.
+        progress: Called before each implementation is judged on each case.
+
+    Raises:
+        Interrupted: By the user; it carries what had been judged until then.
+    """
+    outcomes: list[Outcome] = []
+
+    def record() -> Run:
+        return Run(
+            tuple(outcomes),
+            {implementation.name: declared(implementation) for implementation in implementations},
+            environment(implementations, device),
+        )
+
+    def steps() -> Iterator[Sequence[Outcome]]:
+        for case in cases:
+            for implementation in implementations:
+                if implementation.operation != case.operation:
+                    continue
+                progress(implementation, case)
+                yield judge(
+                    implementation,
+                    case,
+                    groups=groups,
+                    device=device,
+                    architecture=architecture,
+                    large=large,
+                )
+        for implementation in implementations:
+            if "conformance" not in groups:
+                continue
+            if device not in framework(implementation.framework).devices():
+                continue
+            progress(implementation, OPERATIONS[implementation.operation].probe)
+            if invalid_calls:
+                yield judge_invalid_calls(implementation, device)
+            if memory:
+                yield [judge_memory(implementation, device)]
+
+    try:
+        for judged in steps():
+            outcomes += judged
+    except KeyboardInterrupt as interruption:
+        raise Interrupted(record()) from interruption
+    return record()
+
+
+def declared(implementation: Implementation) -> dict[str, Any]:
+    """An implementation's capabilities as plain data."""
+    plain = asdict(implementation.capabilities)
+    return {"framework": implementation.framework} | {
+        key: sorted(value) if isinstance(value, frozenset) else value
+        for key, value in plain.items()
+    }
+
+
+def environment(implementations: Iterable[Implementation], device: str) -> dict[str, str]:
+    """What someone needs to know to see the same again."""
+    frameworks = {implementation.framework for implementation in implementations}
+    found = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": str(os.cpu_count()),
+        "device": device,
+    }
+    for package in ("isoform", "numpy", *sorted(frameworks - {"numpy"})):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "not installed"
+    if device == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def write(run_record: Run, path: Path) -> None:
+    """Write the record of a run, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(run_record.as_json())
+    partial.replace(path)
