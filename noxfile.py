@@ -1,16 +1,23 @@
+# /// script
+# dependencies = ["nox>=2025.2.9", "uv"]
+# ///
 """Every check of isoform by name: ``nox -l`` lists them, ``nox`` runs those that guard a change.
 
 What follows ``--`` reaches the program that a session runs, which for most is pytest:
 ``nox -s conformance -- --impl numpy -k triangle``. ``nox -R`` reuses environments as they are.
-Versions are those of ``ci/constraints.txt``, whichever the machine.
+Versions are those of ``ci/constraints.txt``, whichever the machine. The lines at the top have nox
+fetch uv for itself, which makes an environment with torch in seconds.
 """
 
+import os
 import shutil
 from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.10.9"
+nox.needs_version = ">=2025.2.9"
+if local_wheels := os.environ.get("PIP_FIND_LINKS"):  # what pip is told, uv must be told too
+    os.environ.setdefault("UV_FIND_LINKS", local_wheels)
 nox.options.default_venv_backend = "uv|virtualenv"
 
 PROJECT = nox.project.load_toml("pyproject.toml")

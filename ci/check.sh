@@ -19,9 +19,6 @@ fi
 # Where byte code may not be kept, every import of torch compiles it again, for seconds each.
 unset PYTHONDONTWRITEBYTECODE
 
-# Local wheels that pip is told of, for uv as well.
-export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
-
 environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
 "$python" -m venv "$environment"

@@ -1,0 +1,11 @@
+"""How the documentation is built: ``nox -s docs``."""
+
+project = "isoform"
+author = "The isoform authors"
+copyright = author  # noqa: A001  (Sphinx's name for it)
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["deflist"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
