@@ -78,7 +78,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Each component's own tests."""
-    install(session, "torch", "conformance", groups="test")
+    install(session, "torch", "conformance", "demo", groups="test")
     pytest(session)
 
 
@@ -103,7 +103,7 @@ def precision(session: nox.Session) -> None:
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Judge several implementations on the shapes of real models: a table and an HTML report."""
-    install(session, "torch", "conformance")
+    install(session, "torch", "conformance", "demo")
     session.run("isoform", "demo", *session.posargs)
 
 
@@ -144,5 +144,5 @@ def minimums(session: nox.Session) -> None:
     pins = Path(session.create_tmp()) / "minimums.txt"
     pins.write_text("\n".join([*others, *floors]))
 
-    install(session, "torch", "conformance", groups="test", pins=pins)
+    install(session, "torch", "conformance", "demo", groups="test", pins=pins)
     pytest(session)

@@ -15,7 +15,7 @@ unset UV_FIND_LINKS
 printf '%s\n' 'torch<2.14' 'ml-dtypes<0.6' 'sympy>=1.14' |
     uv pip compile pyproject.toml --quiet --no-annotate --custom-compile-command ci/pin.sh \
         --universal --fork-strategy fewest --python-version 3.11 \
-        --extra torch --extra mpi --extra conformance \
+        --extra torch --extra mpi --extra conformance --extra demo \
         --group lint --group types --group test --group docs --group build \
         --constraint - --output-file ci/constraints.txt "$@"
 

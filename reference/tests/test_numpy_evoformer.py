@@ -177,6 +177,19 @@ def test_dropped_keys_are_not_seen(draw, forward, backward, bad):
 
 
 @every_form
+def test_a_dropped_key_has_zero_gradient_beside_nan(draw, forward, backward):
+    """EVO-4 before EVO-9: NaN in q spoils its row's attended keys, never the dropped ones."""
+    _, operands, dout = draw(SMALL, seed=6)
+    operands["mask"][:, :, 2] = False
+    operands["q"][:, 0, 1] = np.nan
+    actual = results(forward, backward, operands, dout)
+    for name in ("dk", "dv"):
+        assert (actual[name][:, :, 2] == 0).all() and np.isnan(actual[name][:, 0]).any()
+    assert (actual["dmask_bias"][..., 2] == 0).all() and np.isnan(actual["dmask_bias"]).any()
+    assert (actual["dpair_bias"][..., 2] == 0).all() and np.isnan(actual["dpair_bias"]).any()
+
+
+@every_form
 def test_dropped_keys_equal_absent_keys(draw, relative_error, forward, backward):
     """EVO-4: dropping a key in all rows is the same as not having it."""
     shape, operands, dout = draw(SMALL, ["mask", "mask_bias", "pair_bias", "gate"], seed=6)

@@ -35,7 +35,7 @@ DEPENDS_ON = (
 MARGIN = 2.0
 """A constant is the largest figure seen in calibration times this."""
 
-SMALLEST = {"condition": 1.0, "twin_max": 2.0, "twin_mean": 1.25, "bias": 0.1}
+SMALLEST = {"condition": 1.0, "twin_max": 3.0, "twin_mean": 1.5, "bias": 0.3}
 """No constant is smaller than this, however well the calibrated implementations do."""
 
 ENOUGH = 256

@@ -172,6 +172,16 @@ Dtype = Annotated[
         help="Only cases of this dtype: fp16, bf16, fp32, fp64. Several: any of them.",
     ),
 ]
+Groups = Annotated[
+    list[Group] | None,
+    typer.Option(
+        "--group",
+        "-g",
+        metavar="GROUP",
+        help="Only this group of checks: conformance, gradients or precision. "
+        "Several: any of them.",
+    ),
+]
 OnDevice = Annotated[Device, typer.Option("--device", help="Where to run the implementations.")]
 Large = Annotated[
     bool,
@@ -218,21 +228,25 @@ def _say(message: str) -> None:
     line(console(stderr=True), (message, "dim"))
 
 
-def _load(name: str, framework: str) -> Implementation:
-    """The implementation that ``name`` or ``module:OBJECT`` names; leaves if there is none."""
+def _find(name: str, framework: str) -> Implementation | str:
+    """The implementation that ``name`` or ``module:OBJECT`` names, or why there is none."""
     from isoform.conformance.case import UnknownName
     from isoform.conformance.frameworks import framework as library
     from isoform.conformance.registry import Unavailable, find
 
+    module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        return f"{name}: name the module, not its file: {Path(module).stem}:{attribute}"
     try:
         found = find(name, framework=framework)
         library(found.framework)
     except (UnknownName, Unavailable, TypeError) as problem:
-        _fail(str(problem))
-    except ModuleNotFoundError as cause:
-        _fail(str(Unavailable(name, cause)))
-    except Exception as problem:  # the user's module, while it was imported
-        _fail(f"cannot load {name}: {_where(problem)}{type(problem).__name__}: {problem}")
+        return str(problem)
+    except ModuleNotFoundError as cause:  # its array library
+        hint = "; or, if it takes NumPy arrays, say --framework numpy" if ":" in name else ""
+        return f"{Unavailable(name, cause)}{hint}"
+    except Exception as problem:  # of the module, while it was imported
+        return f"{name} cannot be loaded: {_where(problem)}{type(problem).__name__}: {problem}"
     return found
 
 
@@ -244,6 +258,14 @@ def _where(problem: Exception) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
 
 
+def _load(name: str, framework: str) -> Implementation:
+    """The implementation that ``name`` names; leaves if there is none."""
+    found = _find(name, framework)
+    if isinstance(found, str):
+        _fail(found)
+    return found
+
+
 def _implementations(
     names: Sequence[str], framework: str
 ) -> tuple[list[Implementation], dict[str, str]]:
@@ -251,30 +273,28 @@ def _implementations(
 
     With no names, all that are registered and can run here.
     """
-    from isoform.conformance.registry import Unavailable, find, registered
+    from isoform.conformance.registry import registered
 
     if not names:
-        found = []
+        there = []
         for name in registered():
-            try:
-                found.append(find(name))
-            except Unavailable as problem:
-                _say(f"not judged: {problem}")
-        return found, {}
+            if isinstance(found := _find(name, framework), str):
+                _say(f"not judged: {found}")
+            else:
+                there.append(found)
+        return there, {}
     loaded = {name: _load(name, framework) for name in dict.fromkeys(names)}
     called = [implementation.name for implementation in loaded.values()]
-    found = [  # two of one name are called as they were given
-        replace(implementation, name=name)
-        if called.count(implementation.name) > 1
-        else implementation
-        for name, implementation in loaded.items()
+    chosen = [  # two that have the same name are called what they were given as
+        replace(found, name=name) if called.count(found.name) > 1 else found
+        for name, found in loaded.items()
     ]
     sources = {
         implementation.name: name
-        for name, implementation in zip(loaded, found, strict=True)
+        for name, implementation in zip(loaded, chosen, strict=True)
         if ":" in name
     }
-    return found, sources
+    return chosen, sources
 
 
 def _cases(
@@ -287,17 +307,17 @@ def _cases(
     from isoform.conformance.case import UnknownName, select
     from isoform.conformance.operations import CASES, OPERATIONS
 
-    probe = next(iter(OPERATIONS.values())).probe
+    probe = next(iter(OPERATIONS.values())).probe  # any case will do: only its id is looked at
     known = CASES | {name: replace(probe, id=name) for name in once}
     try:
         chosen = select(known, patterns=patterns or (), tags=tags or (), dtypes=dtypes or ())
     except UnknownName as problem:
         _fail(str(problem))
     cases = [case for case in chosen if case.id in CASES]
-    extra = frozenset(case.id for case in chosen) - CASES.keys() if patterns else frozenset(once)
-    if not cases and not extra:
+    named = frozenset(case.id for case in chosen) - CASES.keys()
+    if not cases and not (patterns and named):
         _fail("nothing ran: no case has all of these properties", Code.NOTHING_RAN)
-    return cases, extra
+    return cases, named if patterns else frozenset(once)
 
 
 def _architecture(device: Device) -> str:
@@ -328,16 +348,10 @@ def _write_json(document: str, target: str) -> None:
     if target == "-":
         typer.echo(document, nl=not document.endswith("\n"))
     elif target:
+        from isoform.conformance.run import write_whole
+
         with _written_to(Path(target)):
-            _write(Path(target), document)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+            write_whole(document, Path(target))
 
 
 def _conclude(
@@ -347,8 +361,9 @@ def _conclude(
     junit: Path | None = None,
     html: Path | None = None,
     quiet: bool = False,
-    failures: int = 10,
+    failures: int = 5,
     interrupted: bool = False,
+    note: str = "",
 ) -> NoReturn:
     """Print a run, write what was asked for, and leave with the code that fits."""
     from isoform.conformance.console import console, print_briefly, print_run
@@ -363,16 +378,18 @@ def _conclude(
     _write_json(run.as_json(), json)
     if junit is not None:
         from isoform.conformance.junit import junit as as_junit
+        from isoform.conformance.run import write_whole
 
         with _written_to(junit):
-            _write(junit, as_junit(run))
+            write_whole(as_junit(run), junit)
     if html is not None:
         from isoform.conformance.report import save
 
         with _written_to(html):
             save(run, html)
-        if not quiet:
-            _say(f"report: {html}")
+        note = f"report: {html}"
+    if note and not quiet:
+        _say(note)
     if interrupted:
         _fail("interrupted; this is what had been judged until then", Code.INTERRUPTED)
     if any(summary.failed for summary in found):
@@ -469,22 +486,20 @@ def list_(
 
 def _entries(names: Sequence[str], framework: str) -> dict[str, dict[str, Any]]:
     """Implementations as plain data: those named, or all that are registered."""
-    from isoform.conformance.registry import Unavailable, find, registered
+    from isoform.conformance.registry import registered
     from isoform.conformance.run import declared
 
     entries: dict[str, dict[str, Any]] = {}
     for name in names or registered():
-        try:
-            found = _load(name, framework) if names else find(name)
-        except Unavailable as problem:
-            entries[name] = {"available": False, "why": str(problem)}
+        found = _load(name, framework) if names else _find(name, framework)
+        if isinstance(found, str):
+            entries[name] = {"available": False, "why": found}
             continue
-        plain = declared(found)
         entries[found.name] = {
             "available": True,
             "framework": found.framework,
             "operation": found.operation,
-            "capabilities": plain,
+            "capabilities": declared(found),
         }
     return entries
 
@@ -538,16 +553,7 @@ def check(
     case: Pattern = None,
     tag: Tag = None,
     dtype: Dtype = None,
-    group: Annotated[
-        list[Group] | None,
-        typer.Option(
-            "--group",
-            "-g",
-            metavar="GROUP",
-            help="Only this group of checks: conformance, gradients or precision. "
-            "Several: any of them.",
-        ),
-    ] = None,
+    group: Groups = None,
     device: OnDevice = Device.cpu,
     large: Large = False,
     framework: Arrays = Framework.torch,
@@ -555,7 +561,7 @@ def check(
     junit: Junit = None,
     html: Html = None,
     quiet: Quiet = False,
-    failures: Failures = 10,
+    failures: Failures = 5,
 ) -> None:
     """Judge implementations against the definition.
 
@@ -569,7 +575,6 @@ def check(
     from isoform.conformance.run import Interrupted, run
     from isoform.conformance.verdicts import GROUPS
 
-    chosen, sources = _implementations([*(names or ()), *(impl or ())], framework)
     groups = group or GROUPS
     invalid = {operation.probe.id for operation in OPERATIONS.values()}
     memory = {
@@ -578,24 +583,22 @@ def check(
         for length in MEMORY_LENGTHS
     }
     cases, once = _cases(case, tag, dtype, sorted(invalid | memory))
+    chosen, sources = _implementations([*(names or ()), *(impl or ())], framework)
     architecture = _architecture(device)
 
-    total = len(chosen) * (len(cases) + 1)
-    with progress(total, shown=not quiet) as step:
+    interrupted = False
+    with progress(len(chosen) * (len(cases) + 1), shown=not quiet) as step:
         try:
-            record, interrupted = (
-                run(
-                    chosen,
-                    cases,
-                    groups=groups,
-                    device=device,
-                    architecture=architecture,
-                    large=large,
-                    invalid_calls=bool(invalid & once),
-                    memory=bool(memory & once),
-                    progress=lambda whom, what: step(f"{whom.name} {what.id}"),
-                ),
-                False,
+            record = run(
+                chosen,
+                cases,
+                groups=groups,
+                device=device,
+                architecture=architecture,
+                large=large,
+                invalid_calls=bool(invalid & once),
+                memory=bool(memory & once),
+                progress=lambda whom, what: step(f"{whom.name} {what.id}"),
             )
         except Interrupted as interruption:
             record, interrupted = interruption.run, True
@@ -652,10 +655,10 @@ def compare(
     from isoform.conformance.compare import compare as measure
     from isoform.conformance.console import console, print_comparison, progress
 
+    cases, _ = _cases(case, tag, dtype)
     first, second = _load(a, framework), _load(b, framework)
     if first.name == second.name:
         first, second = replace(first, name=a), replace(second, name=b if a != b else f"{b} again")
-    cases, _ = _cases(case, tag, dtype)
     architecture = _architecture(device)
     with progress(len(cases)) as step:
         comparison = measure(
@@ -675,11 +678,12 @@ def compare(
 
 
 @app.command(
+    cls=_Command,
     epilog=_epilog(
         "isoform check --tag quick --json run.json",
         "isoform report run.json -o report.html",
         codes=False,
-    )
+    ),
 )
 def report(
     record: Annotated[
@@ -712,6 +716,170 @@ def report(
     typer.echo(target)
 
 
+@app.command(
+    cls=_Command,
+    epilog=_epilog(
+        "isoform replay step.safetensors",
+        "isoform replay step.safetensors --impl torch-sdpa --impl mymodule:attention",
+        "isoform replay step.safetensors --impl torch-sdpa --call call-0003 --html report.html",
+    ),
+)
+def replay(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="What isoform.conformance.capture recorded in a running model.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    impl: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--impl",
+            metavar="IMPL",
+            help="An implementation: a registered name, or MODULE:OBJECT. May be given several "
+            "times. Without any: all that can run here.",
+            autocompletion=_complete_implementations,
+        ),
+    ] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--call",
+            metavar="CALL",
+            help="Only these calls, such as call-0003, or shell patterns of them. Several: any of "
+            "them.",
+        ),
+    ] = None,
+    group: Groups = None,
+    device: OnDevice = Device.cpu,
+    framework: Arrays = Framework.torch,
+    json: Json = "",
+    junit: Junit = None,
+    html: Html = None,
+    quiet: Quiet = False,
+    failures: Failures = 5,
+) -> None:
+    """Judge implementations on attention calls that were captured in a running model.
+
+    The operands are the model's own: its dtypes, masks, biases and, where the backward pass was
+    captured too, its output gradients.
+    """
+    from isoform.conformance.case import UnknownName
+    from isoform.conformance.console import progress
+    from isoform.conformance.replay import cases
+    from isoform.conformance.replay import replay as judge_captured
+    from isoform.conformance.run import Interrupted
+    from isoform.conformance.verdicts import GROUPS
+
+    try:
+        most = len(cases(file)) + 1
+    except ValueError as problem:
+        _fail(str(problem))
+    chosen, sources = _implementations(impl or (), framework)
+    architecture = _architecture(device)
+    interrupted = False
+    try:
+        with progress(len(chosen) * most, shown=not quiet) as step:
+            record = judge_captured(
+                file,
+                chosen,
+                calls=call or (),
+                groups=group or GROUPS,
+                device=device,
+                architecture=architecture,
+                progress=lambda whom, what: step(f"{whom.name} {what.id}"),
+            )
+    except UnknownName as problem:
+        _fail(str(problem))
+    except Interrupted as interruption:
+        record, interrupted = interruption.run, True
+    _conclude(
+        replace(record, sources=sources),
+        json=json,
+        junit=junit,
+        html=html,
+        quiet=quiet,
+        failures=failures,
+        interrupted=interrupted,
+    )
+
+
+@app.command(
+    cls=_Command, epilog=_epilog("isoform demo", "isoform demo -o /tmp/demo --json run.json")
+)
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Where the files go.")
+    ] = Path("report"),
+    json: Json = "",
+    quiet: Quiet = False,
+    failures: Failures = 5,
+) -> None:
+    """Judge several implementations on a real protein and on the shapes of real models.
+
+    A small, untrained Evoformer is fed an alignment and the distances of a crystal structure; its
+    attention is captured, and the implementations are judged on it. Leaves the report, the record
+    of the run, the captured operands and a figure of the input.
+    """
+    from isoform.conformance.console import console, progress
+    from isoform.conformance.registry import Unavailable
+    from isoform.conformance.run import Interrupted
+
+    interrupted = False
+    to = None if quiet else console(stderr=json == "-")
+    try:
+        from isoform.conformance.demo import REPORT
+        from isoform.conformance.demo import demo as show
+
+        with progress(None, shown=not quiet) as step:
+            record = show(
+                output,
+                console=to,
+                progress=lambda whom, what: step(f"{whom.name} {what.id}"),
+            )
+    except ModuleNotFoundError as missing:
+        told = "pip install" in str(missing)
+        _fail(str(missing if told else Unavailable("isoform demo", missing)))
+    except Interrupted as interruption:
+        record, interrupted = interruption.run, True
+    note = "" if interrupted else f"report: {output / REPORT}"
+    _conclude(record, json=json, quiet=quiet, failures=failures, interrupted=interrupted, note=note)
+
+
+@app.command(cls=_Command, epilog=_epilog("isoform calibrate", codes=False))
+def calibrate(
+    operation: Annotated[
+        str, typer.Argument(metavar="OPERATION", help="The operation to calibrate.")
+    ] = "evoformer_attention",
+) -> None:
+    """Measure how much error implementations known to be right make, and put it in force.
+
+    For developers of isoform: whoever changes cases, condition, twin or metrics calibrates anew and
+    commits the record, which is part of the package. Takes a few minutes.
+    """
+    from isoform.conformance.budgets import calibration_path
+    from isoform.conformance.case import UnknownName
+    from isoform.conformance.console import progress
+    from isoform.conformance.operations import OPERATIONS
+    from isoform.conformance.registry import Unavailable
+
+    if operation not in OPERATIONS:
+        _fail(str(UnknownName("operation", operation, OPERATIONS.keys())))
+    try:
+        from isoform.conformance.calibrate import calibrate as measure
+        from isoform.conformance.calibrate import save
+    except ModuleNotFoundError as missing:
+        _fail(str(Unavailable("isoform calibrate", missing)))
+    smaller = [case for case in OPERATIONS[operation].cases.values() if not case.large]
+    with progress(len(smaller)) as step:
+        record = measure(operation, lambda case: step(case.id))
+    save(record)
+    _say(f"recorded in {calibration_path(operation)}")
+
+
 @app.command(cls=_Command)
 def version() -> None:
     """Print the version."""
@@ -722,3 +890,7 @@ def version() -> None:
         typer.echo(f"isoform {installed('isoform')}")
     except PackageNotFoundError:
         typer.echo("isoform, from a source tree")
+
+
+if __name__ == "__main__":
+    main()

@@ -142,6 +142,9 @@ def compare(
         if case.large and device == "cpu" and not large:
             skipped[case.id] = "too large for a CPU; --large runs it"
             continue
+        if case.operation != a.operation or case.operation != b.operation:
+            skipped[case.id] = f"not both do {case.operation}"
+            continue
         truth = expected(case, case.differentiate)
         try:
             results = {

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 160
 """Columns where the output is no terminal and ``COLUMNS`` does not say."""
 
+_EXPONENT = re.compile(r"e\+?(-?)0*(?=\d)")
+
 Step = Callable[[str], None]
 
 
@@ -51,16 +53,22 @@ def paragraph(to: Console, *parts: str | tuple[str, str], indent: int = 0) -> No
 
 
 @contextmanager
-def progress(total: int, *, shown: bool = True) -> Iterator[Step]:
+def progress(total: int | None, *, shown: bool = True) -> Iterator[Step]:
     """A progress bar on the standard error, if that is a terminal; yields what advances it.
 
+    It is there from the first step on, so that what is said before is not in its way.
+
     Args:
-        total: How many steps there are.
+        total: How many steps there are; None where that is not known.
         shown: Whether to show it at all.
     """
     to = console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
+        TextColumn(
+            "{task.description}",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
@@ -69,21 +77,27 @@ def progress(total: int, *, shown: bool = True) -> Iterator[Step]:
         expand=True,
         disable=not shown or not to.is_terminal,
     )
-    with bar:
-        task = bar.add_task("", total=total)
-        done = -1
+    task = bar.add_task("", total=total)
+    done = -1
 
-        def step(what: str) -> None:
-            nonlocal done
-            done += 1
-            bar.update(task, completed=done, description=Text(what, overflow="ellipsis").plain)
+    def step(what: str) -> None:
+        nonlocal done
+        done += 1
+        bar.start()
+        bar.update(task, completed=done, description=what)
 
+    try:
         yield step
+    finally:
+        bar.stop()
 
 
 def number(x: float) -> str:
-    """A figure in three digits."""
-    return "∞" if x == float("inf") else f"{x:.3g}"
+    """A figure in three digits; in more where it would seem to be 1 and is not."""
+    if x == float("inf"):
+        return "∞"
+    text = f"{x:.3g}" if x == 1 or f"{x:.3g}" != "1" else f"{x:.4g}"
+    return _EXPONENT.sub(r"e\1", text)
 
 
 # isoform check, isoform replay
@@ -181,12 +195,9 @@ def _print_failures(to: Console, summary: Summary, most: int) -> None:
 
 def _print_tally(to: Console, summary: Summary) -> None:
     """In how many cases each check failed, a result a line."""
-    parts: dict[str, list[str]] = {}
-    for name, n in summary.failed_checks.items():
-        result, _, part = name.partition("/")
-        parts.setdefault(result, []).append(f"{part} ×{n}".strip())
-    for result, failed in parts.items():
-        paragraph(to, (result, "red"), f"  {', '.join(failed)}", indent=2)
+    for result, parts in summary.tally.items():
+        failed = ", ".join(f"{part} ×{n}".strip() for part, n in parts.items())
+        paragraph(to, (result, "red"), f"  {failed}", indent=2)
     to.print()
 
 
@@ -209,30 +220,28 @@ def _print_expected(to: Console, found: Sequence[Summary]) -> None:
                 f": {n} {_plural('check', n)} failed as expected: ",
                 why,
             )
-    if any(summary.expected for summary in found):
+        for why, n in Counter(why for _, why in summary.mended).items():
+            paragraph(
+                to,
+                (summary.implementation, "bold"),
+                f": {n} {_plural('check', n)} passed, though expected to fail: ",
+                why,
+            )
+    if any(summary.expected or summary.mended for summary in found):
         to.print()
-
-
-_NUMBERS = re.compile(r"(?<==)\d+(?:,\d{3})*|\d+(?:,\d{3})*(?= logits)")
-
-
-def general(message: str) -> str:
-    """A message without the sizes of the one case that it is about, so that it can be counted."""
-    return _NUMBERS.sub("…", message)
 
 
 def _print_idle(to: Console, run: Run) -> None:
     """Say why something was not run or is not supported: once, whoever it is true of."""
-    idle: dict[tuple[str, str], dict[str, int]] = {}
-    for outcome in run.outcomes:
-        if outcome.verdict in ("not run", "unsupported"):
-            who = idle.setdefault((outcome.verdict, general(outcome.message)), {})
-            who[outcome.implementation] = who.get(outcome.implementation, 0) + 1
-    for (verdict, message), who in idle.items():
-        message = message.removeprefix("declared unsupported: ")
-        whose = ", ".join(f"{name} ×{n}" for name, n in who.items())
-        paragraph(to, (f"{verdict}: {message}", ""), (f"  {whose}", "dim"))
-    if idle:
+    from isoform.conformance.summary import idle
+    from isoform.conformance.verdicts import Verdict
+
+    found = {verdict: idle(run, verdict) for verdict in (Verdict.NOT_RUN, Verdict.UNSUPPORTED)}
+    for verdict, reasons in found.items():
+        for why, who in reasons.items():
+            whose = ", ".join(f"{name} ×{len(cases)}" for name, cases in who.items())
+            paragraph(to, f"{verdict}: {why}", (f"  {whose}", "dim"))
+    if any(found.values()):
         to.print()
 
 
@@ -254,15 +263,18 @@ def _plural(noun: str, n: int) -> str:
 
 def print_implementations(to: Console, entries: Mapping[str, dict[str, Any]]) -> None:
     """Print who can be judged, and what is missing where one cannot."""
+    from isoform.conformance.dtypes import FORMATS
+
+    widest = max(map(len, entries), default=0)
     for name, entry in entries.items():
         if entry["available"]:
-            declared = described(entry["capabilities"])
-            words = [f"{declared[key]}" for key in ("arrays", "devices", "dtypes")]
-            note = f"{words[0]} arrays; {words[1]}; {words[2]}"
+            declared = entry["capabilities"]
+            dtypes = [each.short for key, each in FORMATS.items() if key in declared["dtypes"]]
+            note = f"{entry['framework']} arrays, {_list(declared['devices'])}, {_list(dtypes)}"
         else:
             note = str(entry["why"]).removeprefix(f"{name} ")
         mark = ("✓ ", "green") if entry["available"] else ("✗ ", "yellow")
-        paragraph(to, mark, (name, "bold"), "  ", (note, "dim"))
+        paragraph(to, mark, (name.ljust(widest), "bold"), "  ", (note, "dim"))
 
 
 def print_capabilities(to: Console, name: str, declared: Mapping[str, Any]) -> None:
@@ -302,9 +314,9 @@ def described(declared: Mapping[str, Any]) -> dict[str, str]:
 
 def _list(names: Sequence[str], empty: str = "none") -> str:
     """Names in the order that the contract has them in."""
-    from isoform.reference.contract import DIFFERENTIABLE, FLOAT_DTYPES, OPTIONAL_OPERANDS
+    from isoform.reference.contract import DIFFERENTIABLE, FLOAT_DTYPES
 
-    order = [*FLOAT_DTYPES, *dict.fromkeys((*OPTIONAL_OPERANDS, *DIFFERENTIABLE))]
+    order = [*FLOAT_DTYPES, "mask", *DIFFERENTIABLE]
     known = [name for name in order if name in names]
     return ", ".join([*known, *(name for name in names if name not in known)]) or empty
 
@@ -344,8 +356,8 @@ def print_comparison(to: Console, comparison: Comparison, *, every: bool) -> Non
             line(to, (dtype, "bold"), (", each result where the two differ most", "dim"))
             of_dtype = [x for x in largest if x.dtype == dtype]
             _print_differences(to, comparison, of_dtype, name_cases=True)
-    for reason, n in Counter(general(why) for why in comparison.skipped.values()).items():
-        paragraph(to, f"not compared: {reason}", (f"  ×{n}", "dim"))
+    for why, n in Counter(comparison.skipped.values()).items():
+        paragraph(to, f"not compared: {why}", (f"  ×{n}", "dim"))
     if cases:
         verdict = "both within budget" if comparison.within else "not both within budget"
         style = "green" if comparison.within else "bold red"
@@ -376,14 +388,13 @@ def _print_differences(
                 x.between.ulp_max,
             )
         ]
-        table.add_row(
-            x.result, *figures, *(Text(*_share(side)) for side in ((x.a, x.b) if wide else ()))
-        )
+        shares = [Text(*_share(side)) for side in (x.a, x.b)]
+        table.add_row(x.result, *figures, *(shares if wide else ()))
     to.print(table)
     for x in differences:
         if not wide:
-            shares = (f"{a} ", _share(x.a), f", {b} ", _share(x.b))
-            paragraph(to, f"{x.result}: error / budget ", *shares, indent=2)
+            both = (f"{a} ", _share(x.a), f", {b} ", _share(x.b))
+            paragraph(to, f"{x.result}: error / budget ", *both, indent=2)
         _print_where(to, comparison, x, x.case if name_cases else "")
     to.print()
 

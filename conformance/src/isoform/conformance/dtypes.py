@@ -71,6 +71,7 @@ def rounded(x: Array, name: str) -> Array:
 def ulp(x: Array, name: str) -> Array:
     """The spacing of the numbers of format ``name`` at ``x`` (float64)."""
     float_format = FORMATS[name]
-    _, exponent = np.frexp(np.abs(x.astype(np.float64)))
+    mantissa, exponent = np.frexp(x.astype(np.float64))
     spacing = np.maximum(exponent - float_format.digits, float_format.smallest_exponent)
+    spacing = np.where(mantissa == 0, float_format.smallest_exponent, spacing)
     return np.asarray(np.ldexp(1.0, spacing))

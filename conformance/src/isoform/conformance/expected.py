@@ -14,6 +14,7 @@ from pathlib import Path
 
 from isoform.conformance.verdicts import Outcome, Verdict
 
+CPUINFO = Path("/proc/cpuinfo")
 PATH = Path(__file__).with_name("expected_failures.toml")
 
 
@@ -26,27 +27,40 @@ class ExpectedFailure:
         case: On which cases; a shell pattern of case ids.
         check: Which check it fails, such as ``out/condition``; a shell pattern.
         reason: What the fault is, and where it is known from.
+        processor: A processor feature that the fault comes with, as ``/proc/cpuinfo`` names it;
+            elsewhere the entry says nothing.
     """
 
     implementation: str
     case: str
     check: str
     reason: str
+    processor: str = ""
 
     def covers(self, outcome: Outcome) -> bool:
         """Whether this is about the implementation, the case and the result of ``outcome``."""
         return (
             outcome.implementation == self.implementation
             and fnmatchcase(outcome.case, self.case)
-            and fnmatchcase(outcome.check, self.check.split("/")[0])
+            and fnmatchcase(outcome.check.split("/")[0], self.check.split("/")[0])
         )
 
 
 @cache
 def expected_failures() -> tuple[ExpectedFailure, ...]:
-    """All that are recorded."""
+    """All that are recorded for a machine like this."""
     entries = tomllib.loads(PATH.read_text()).get("failure", [])
-    return tuple(ExpectedFailure(**entry) for entry in entries)
+    recorded = [ExpectedFailure(**entry) for entry in entries]
+    features = processor_features()
+    return tuple(entry for entry in recorded if entry.processor in ("", *features))
+
+
+def processor_features() -> frozenset[str]:
+    """The features of this machine's processor, as Linux names them; elsewhere none."""
+    if not CPUINFO.exists():
+        return frozenset()
+    lines = CPUINFO.read_text().splitlines()
+    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())
 
 
 def explain(outcome: Outcome) -> str | None:

@@ -18,6 +18,7 @@ import numpy as np
 from isoform.conformance.case import Operands
 from isoform.conformance.dtypes import Array
 from isoform.conformance.implementation import Implementation
+from isoform.reference.contract import DIFFERENTIABLE, Unsupported
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -87,6 +88,33 @@ def _named(returned: Any, lse: bool) -> dict[str, Any]:
     return {"out": returned[0], "lse": returned[1]}
 
 
+def _by_backward(
+    implementation: Implementation,
+    operands: dict[str, Any],
+    scale: float | None,
+    *,
+    lse: bool,
+    gradients: Sequence[str],
+) -> dict[str, Any]:
+    """What the operation and its own backward returned, by name.
+
+    Raises:
+        Unsupported: Gradients are wanted and there is no backward.
+    """
+    if gradients and implementation.backward is None:
+        raise Unsupported([f"gradient of {name}" for name in gradients], implementation.name)
+    results = _named(implementation.forward(**_arguments(operands, scale, lse)), lse)
+    if gradients:
+        assert implementation.backward is not None
+        found = implementation.backward(operands["dout"], **_arguments(operands, scale, lse=False))
+        if isinstance(found, tuple | list) and not hasattr(found, "dq"):
+            named = zip(DIFFERENTIABLE, found, strict=True)
+            results |= {f"d{name}": x for name, x in named if name in gradients}
+        else:
+            results |= {f"d{name}": getattr(found, f"d{name}") for name in gradients}
+    return results
+
+
 class _NumPy:
     def devices(self) -> tuple[str, ...]:
         return ("cpu",)
@@ -106,14 +134,8 @@ class _NumPy:
         lse: bool,
         gradients: Sequence[str],
     ) -> dict[str, Any]:
-        returned = implementation.forward(**_arguments(operands, scale, lse))
-        results = _named(returned, lse)
-        if gradients:
-            assert implementation.backward is not None
-            arguments = _arguments(operands, scale, lse=False)
-            found = implementation.backward(operands["dout"], **arguments)
-            results |= {f"d{name}": getattr(found, f"d{name}") for name in gradients}
-        return results
+        results = _by_backward(implementation, operands, scale, lse=lse, gradients=gradients)
+        return {name: np.asarray(x) for name, x in results.items()}
 
     def peak_memory(self, run: Callable[[], object], device: str) -> int:
         tracemalloc.start()
@@ -198,9 +220,26 @@ class _Torch:
         lse: bool,
         gradients: Sequence[str],
     ) -> dict[str, Any]:
+        if implementation.backward is None:
+            results = self._by_autograd(implementation, operands, scale, lse, gradients)
+        else:
+            results = _by_backward(implementation, operands, scale, lse=lse, gradients=gradients)
+        for name, x in results.items():
+            if not isinstance(x, self.torch.Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if results["out"].is_cuda:
+            self.torch.cuda.synchronize()
+        return results
+
+    def _by_autograd(
+        self,
+        implementation: Implementation,
+        operands: dict[str, Any],
+        scale: float | None,
+        lse: bool,
+        gradients: Sequence[str],
+    ) -> dict[str, Any]:
         torch = self.torch
-        if implementation.backward is not None:
-            return _NumPy().run(implementation, operands, scale, lse=lse, gradients=gradients)
         leaves = {
             name: x.detach().requires_grad_() if name in gradients else x
             for name, x in operands.items()
@@ -220,8 +259,6 @@ class _Torch:
                 f"d{name}": torch.zeros_like(leaves[name]) if x is None else x
                 for name, x in zip(gradients, found, strict=True)
             }
-        if results["out"].is_cuda:
-            torch.cuda.synchronize()
         return results
 
     def peak_memory(self, run: Callable[[], object], device: str) -> int:

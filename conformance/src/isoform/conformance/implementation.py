@@ -75,28 +75,37 @@ def adopt(
     if framework not in FRAMEWORKS:
         raise TypeError(f"framework must be one of {', '.join(FRAMEWORKS)}, got {framework!r}")
 
+    names = (getattr(candidate, attribute, None) for attribute in ("name", "__name__"))
+    called = name or next(filter(None, names), type(candidate).__name__)
     declared = getattr(candidate, "capabilities", None)
     if isinstance(declared, Capabilities):
         forward = getattr(candidate, declared.operation, None)
         if not callable(forward):
             raise TypeError(f"{candidate!r} declares {declared.operation} but has no such function")
         backward = getattr(candidate, f"{declared.operation}_backward", None)
-        called = name or getattr(candidate, "name", None) or type(candidate).__name__
+        if backward is None and framework == "numpy" and declared.gradients:
+            raise TypeError(
+                f"{candidate!r} declares gradients but has no {declared.operation}_backward"
+            )
         return Implementation(called, framework, declared, forward, backward)
+    if declared is not None:
+        raise TypeError(f"capabilities must be Capabilities, got {type(declared).__name__}")
     if not callable(candidate):
         raise TypeError(
             f"{candidate!r} is no implementation: it must be a function with the signature of "
             f"{DEFAULT_OPERATION}, or have 'capabilities' and {DEFAULT_OPERATION!r}"
         )
     capabilities = _capabilities_of(candidate, framework)
-    called = name or getattr(candidate, "__name__", None) or type(candidate).__name__
     forward = _declining(candidate, capabilities, called)
     return Implementation(called, framework, capabilities, forward)
 
 
 def _capabilities_of(function: Callable[..., Any], framework: str) -> Capabilities:
     """What a bare function can be asked: the operands that its signature names."""
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as cause:  # some that are written in C have none
+        raise TypeError(f"{function!r} does not tell its signature") from cause
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = {p.name for p in parameters}
     offered = [name for name in OPTIONAL_OPERANDS if takes_all or name in named]

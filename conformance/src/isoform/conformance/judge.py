@@ -50,8 +50,10 @@ def judge(
     library = framework(implementation.framework)
     trial = _Trial(implementation, case, library, device, architecture)
     ordered = [group for group in GROUPS if group in groups]
+    if not ordered:
+        raise ValueError(f"groups must be some of {', '.join(GROUPS)}, got {list(groups)}")
     if device not in library.devices():
-        return [trial.outcome(ordered[0], "case", Verdict.NOT_RUN, f"no device {device} here")]
+        return [trial.outcome(ordered[0], "case", Verdict.NOT_RUN, _absent(device))]
     if case.large and device == "cpu" and not large:
         message = "too large for a CPU; --large runs it"
         return [trial.outcome(ordered[0], "case", Verdict.NOT_RUN, message)]
@@ -100,11 +102,21 @@ class _Trial:
         # made anew: an implementation that writes to its operands must not spoil the oracle's
         operands = self.library.upload(self.operation.operands(self.case), self.device)
         before = self.downloaded(operands)
+        if groups == ["gradients"] and present and not (gradients or declined):
+            yield from self.undeclared("gradients", "gradients", operands, truth, gradients=present)
+            return
         self.library.poison(operands)
         answer = self.ask(operands, lse=lse, gradients=gradients)
 
         if declined:
             yield self.refused(groups[0], "case", answer, declined)
+        elif answer.results is None and gradients:
+            forward = self.ask(operands, lse=lse, gradients=[])
+            if forward.results is not None:  # the fault is the backward's: the rest is judged
+                yield self.failed(
+                    "gradients" if "gradients" in groups else "precision", "gradients", answer
+                )
+                answer = forward
         if answer.results is None:
             if not declined:
                 yield self.failed(groups[0], "case", answer)
@@ -118,12 +130,9 @@ class _Trial:
             return
 
         if "conformance" in groups and not declared.lse:
-            refused = self.ask(operands, lse=True, gradients=[])
-            yield self.refused("conformance", "lse", refused, self.reasons(lse=True))
+            yield from self.undeclared("conformance", "lse", operands, truth, lse=True)
         if "gradients" in groups and len(gradients) < len(present):
-            refused = self.ask(operands, lse=False, gradients=present)
-            reasons = self.reasons(gradients=present)
-            yield self.refused("gradients", "gradients", refused, reasons)
+            yield from self.undeclared("gradients", "gradients", operands, truth, gradients=present)
         if groups != ["precision"]:
             yield from self.behaves(groups[0], operands, before, answer.results, results, truth)
 
@@ -164,6 +173,26 @@ class _Trial:
             return self.outcome(group, check, Verdict.UNDECLARED, f"{declared}, but it returned")
         message = f"{declared}, but raised {_sentence(answer.exception)}"
         return self.outcome(group, check, Verdict.BAD_REFUSAL, message)
+
+    def undeclared(
+        self,
+        group: str,
+        check: str,
+        operands: dict[str, Any],
+        truth: Expected,
+        *,
+        lse: bool = False,
+        gradients: Sequence[str] = (),
+    ) -> Iterator[Outcome]:
+        """What is declared unsupported of a call that is else supported: to be refused. Where it is
+        returned all the same it must be right.
+        """
+        answer = self.ask(operands, lse=lse, gradients=gradients)
+        yield self.refused(group, check, answer, self.reasons(gradients, lse))
+        declared = {"out", *(f"d{name}" for name in self.implementation.capabilities.gradients)}
+        for name, actual in self.downloaded(answer.results or {}).items():
+            if name not in declared:
+                yield self.compared(group, name, actual, truth, answer.seconds)
 
     def compared(
         self, group: str, name: str, actual: Array, truth: Expected, seconds: float
@@ -304,9 +333,15 @@ def _sentence(exception: Exception | None) -> str:
     return f"{type(exception).__name__}: {exception}".splitlines()[0]
 
 
+def _absent(device: str) -> str:
+    return f"no device {device} here"
+
+
 def _same(a: Array, b: Array) -> bool:
-    """Bitwise equality, but for the payload of NaN."""
-    return a.dtype == b.dtype and bool(np.all((a == b) | ((a != a) & (b != b))))
+    """Bitwise equality, but for the payload of NaN and the sign of zero."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return bool(np.all((a == b) | ((a != a) & (b != b))))
 
 
 def judge_invalid_calls(implementation: Implementation, device: str = "cpu") -> list[Outcome]:
@@ -314,6 +349,9 @@ def judge_invalid_calls(implementation: Implementation, device: str = "cpu") -> 
     operation = OPERATIONS[implementation.operation]
     capabilities = implementation.capabilities
     library = framework(implementation.framework)
+    if device not in library.devices():
+        trial = _Trial(implementation, operation.probe, library, device, "")
+        return [trial.outcome("conformance", "invalid", Verdict.NOT_RUN, _absent(device))]
     offered = capabilities.operands | {"q", "k", "v", "dout"}
     probe = replace(
         operation.probe,
@@ -370,6 +408,8 @@ def judge_memory(implementation: Implementation, device: str = "cpu") -> Outcome
         case = operation.memory_case(length)
         case = replace(case, operands=case.operands & capabilities.operands)
         trial = _Trial(implementation, case, library, device, "")
+        if device not in library.devices():
+            return trial.outcome("conformance", "memory", Verdict.NOT_RUN, _absent(device))
         if reasons := trial.reasons():
             return trial.outcome("conformance", "memory", Verdict.NOT_RUN, "; ".join(reasons))
         operands = library.upload(operation.draw(case), device)
@@ -380,7 +420,13 @@ def judge_memory(implementation: Implementation, device: str = "cpu") -> Outcome
                 implementation, operands, None, lse=capabilities.lse, gradients=gradients
             )
 
-        peaks.append(library.peak_memory(call, device))
+        try:
+            peaks.append(library.peak_memory(call, device))
+        except Exception as exception:
+            return trial.failed("conformance", "memory", _Answer(None, exception, 0.0))
+    if not all(peaks):
+        message = f"what it allocates is not seen by {implementation.framework}"
+        return trial.outcome("conformance", "memory", Verdict.NOT_RUN, message)
     growth = float(np.log2(peaks[-1] / peaks[-2]))
     allowed = MEMORY_GROWTH if capabilities.memory == "linear" else 2.25
     part = Part("growth", growth <= allowed, growth, allowed)

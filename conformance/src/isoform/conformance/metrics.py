@@ -66,7 +66,7 @@ def errors(actual: Array, reference: Array, budget: Array, dtype: str) -> Errors
         dtype: The result's format, for units of the last place.
     """
     wide = actual.astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         comparable = np.isfinite(wide) & np.isfinite(reference)
         difference = np.where(comparable, wide - reference, 0.0)
         size = np.abs(difference)
@@ -85,8 +85,9 @@ def errors(actual: Array, reference: Array, budget: Array, dtype: str) -> Errors
         return Errors(0, worst=(), worst_value=0.0, worst_reference=0.0, histogram=empty, **zero)
 
     worst = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
-    norm = float(np.linalg.norm(reference[comparable]))
-    rms = float(np.sqrt(np.mean(difference[comparable] ** 2)))
+    norm = _norm(reference[comparable])
+    distance = _norm(difference[comparable])
+    rms = distance / count**0.5
     direction = np.where(np.abs(reference) > budget, np.sign(reference), 0)  # else it is noise
     outward = float(np.mean((difference * direction)[comparable]))
     ulp_p50, ulp_p99, ulp_max = _percentiles(units[comparable])
@@ -95,7 +96,7 @@ def errors(actual: Array, reference: Array, budget: Array, dtype: str) -> Errors
         count=count,
         max_abs=float(size.max()),
         mean_abs=float(size[comparable].mean()),
-        frobenius=float(np.linalg.norm(difference[comparable])) / norm if norm else float("nan"),
+        frobenius=distance / norm if norm else float("nan"),
         ulp_p50=ulp_p50,
         ulp_p99=ulp_p99,
         ulp_max=ulp_max,
@@ -110,8 +111,14 @@ def errors(actual: Array, reference: Array, budget: Array, dtype: str) -> Errors
     )
 
 
+def _norm(x: Array) -> float:
+    """The Euclidean norm, where squares may overflow or underflow too."""
+    largest = float(np.abs(x).max())
+    return largest * float(np.linalg.norm(x / largest)) if largest else 0.0
+
+
 def _percentiles(x: Array) -> tuple[float, float, float]:
-    p50, p99 = np.percentile(x, (50, 99))
+    p50, p99 = np.percentile(x, (50, 99), method="inverted_cdf")  # errors that there are
     return float(p50), float(p99), float(x.max())
 
 
@@ -124,7 +131,7 @@ def pattern_fault(
         actual: The result.
         reference: The oracle's, float64.
         zeros: Where the contract fixes exact zeros; None where nowhere.
-        dtype: The result's format: what lies beyond it may be rounded to ±inf.
+        dtype: The result's format: what lies beyond it may be rounded to ±inf, with its sign.
         lse: Whether this is lse, where NaN and +inf both tell of a +inf logit (EVO-9).
 
     Returns:
@@ -133,7 +140,7 @@ def pattern_fault(
     with np.errstate(invalid="ignore", over="ignore"):
         wide = actual.astype(np.float64)
         limit = FORMATS[dtype].largest
-        beyond = np.isfinite(reference) & (np.abs(reference) > limit * (1 - 2**-6))
+        beyond = np.isfinite(reference) & (reference * np.sign(wide) > limit * (1 - 2**-6))
         undefined = np.isnan(reference) | (lse & (reference == np.inf))
         faults = {
             "must be NaN": undefined & ~(np.isnan(wide) | (lse & (wide == np.inf))),

@@ -5,20 +5,25 @@ implementation in its author's own test run::
 
     pytest -p isoform.conformance.plugin --pyargs isoform.conformance.suite --impl mypackage:KERNEL
 
-Tests are grouped case by case, so that parallel workers (``-n``) ask the oracle once per case.
+Tests run case by case, so that a worker (``-n``), who gets several in a row, asks the oracle once
+for all of a case's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from isoform.conformance.case import UnknownName, select
+from isoform.conformance.case import Case, UnknownName, select
 from isoform.conformance.implementation import FRAMEWORKS, Implementation
 from isoform.conformance.operations import CASES
 from isoform.conformance.registry import Unavailable, find
 from isoform.conformance.verdicts import GROUPS
+
+JUDGED = pytest.StashKey[tuple[Sequence[Implementation], Sequence[Case]]]()
+"""Whom to judge, and on what."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,12 +62,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers, and have one case's tests run by one worker."""
+    """Register the markers, and find out whom to judge and on what."""
     for group in GROUPS:
         config.addinivalue_line("markers", f"{group}: the suite's checks of this group")
-    config.addinivalue_line("markers", "xdist_group(name): tests to be run by one worker")
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
+    option = config.option
+    try:
+        config.stash[JUDGED] = (
+            [find(name, framework=option.framework) for name in option.impl],
+            select(CASES, patterns=option.case, tags=option.tag, dtypes=option.dtype),
+        )
+    except (UnknownName, Unavailable, TypeError) as fault:
+        raise pytest.UsageError(str(fault)) from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -70,28 +80,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
     if "isoform_implementation" not in names:
         return
-    try:
-        implementations = _implementations(metafunc.config)
-        cases = select(
-            CASES,
-            patterns=metafunc.config.option.case,
-            tags=metafunc.config.option.tag,
-            dtypes=metafunc.config.option.dtype,
-        )
-    except (UnknownName, Unavailable, TypeError) as fault:
-        raise pytest.UsageError(str(fault)) from None
+    implementations, cases = metafunc.config.stash[JUDGED]
+    if not implementations:
+        message = "whom to judge? give --impl NAME or --impl module:OBJECT"
+        pytest.fail(message, pytrace=False)
     if "isoform_case" not in names:
         metafunc.parametrize("isoform_implementation", implementations, ids=lambda i: i.name)
         return
     metafunc.parametrize(
         ("isoform_case", "isoform_implementation"),
         [
-            pytest.param(
-                case,
-                implementation,
-                id=f"{case.id}-{implementation.name}",
-                marks=pytest.mark.xdist_group(case.id),
-            )
+            pytest.param(case, implementation, id=f"{case.id}-{implementation.name}")
             for case in cases
             for implementation in implementations
             if implementation.operation == case.operation
@@ -99,8 +98,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
-def _implementations(config: pytest.Config) -> Sequence[Implementation]:
-    wanted = config.option.impl
-    if not wanted:
-        raise pytest.UsageError("whom to judge? give --impl NAME or --impl module:OBJECT")
-    return [find(name, framework=config.option.framework) for name in wanted]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order tests by case; those without one come first."""
+    places = {case_id: place for place, case_id in enumerate(CASES)}
+
+    def place(item: Any) -> int:
+        case = item.callspec.params.get("isoform_case") if hasattr(item, "callspec") else None
+        return -1 if case is None else places.get(case.id, len(places))
+
+    items.sort(key=place)

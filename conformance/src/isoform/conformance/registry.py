@@ -23,9 +23,11 @@ class Unavailable(Exception):
     def __init__(self, name: str, cause: ImportError) -> None:
         self.name = name
         missing = (cause.name or str(cause)).split(".")[0]
-        super().__init__(
-            f"{name} needs {missing}: install it with 'pip install {_remedy(missing)}'"
-        )
+        remedy = f"'pip install {_remedy(missing)}'"
+        if isinstance(cause, ModuleNotFoundError):
+            super().__init__(f"{name} needs {missing}: install it with {remedy}")
+        else:  # it is there, but not what it should be
+            super().__init__(f"{name} needs another version of {missing} ({cause}): {remedy}")
 
 
 def _remedy(missing: str) -> str:
@@ -64,16 +66,18 @@ def find(name: str, *, framework: str = "torch") -> Implementation:
 
 def _load(path: str, framework: str) -> Implementation:
     module_name, _, attribute = path.partition(":")
+    if not module_name:
+        raise UnknownName("module", module_name, ())
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m` does: the caller's own module
     try:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as cause:
-        if cause.name and module_name.startswith(cause.name):
+        if f"{module_name}.".startswith(f"{cause.name}."):
             raise UnknownName("module", module_name, ()) from cause
         raise Unavailable(path, cause) from cause
     for step in attribute.split("."):
         if not hasattr(found, step):
-            raise UnknownName(f"object in {module_name}", attribute, vars(found).keys())
+            raise UnknownName(f"object in {module_name}", attribute, dir(found))
         found = getattr(found, step)
     return adopt(found, framework=framework)

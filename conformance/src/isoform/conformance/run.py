@@ -222,10 +222,9 @@ def run(
 
 def declared(implementation: Implementation) -> dict[str, Any]:
     """An implementation's capabilities as plain data."""
-    plain = asdict(implementation.capabilities)
     return {"framework": implementation.framework} | {
-        key: sorted(value) if isinstance(value, frozenset) else value
-        for key, value in plain.items()
+        key: sorted(value) if isinstance(value, frozenset) else plain(value)
+        for key, value in asdict(implementation.capabilities).items()
     }
 
 
@@ -244,7 +243,7 @@ def environment(implementations: Iterable[Implementation], device: str) -> dict[
             found[package] = version(package)
         except PackageNotFoundError:  # run from a source tree
             found[package] = "not installed"
-    if device == "cuda":
+    if device == "cuda" and any(device in framework(name).devices() for name in frameworks):
         import torch
 
         found["gpu"] = torch.cuda.get_device_name()
@@ -253,7 +252,16 @@ def environment(implementations: Iterable[Implementation], device: str) -> dict[
 
 def write(run_record: Run, path: Path) -> None:
     """Write the record of a run, whole or not at all."""
+    write_whole(run_record.as_json(), path)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a file, whole or not at all, and make the directories that it is in."""
+    if path.exists() and not path.is_file():  # a pipe or a device: nothing to be replaced
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # not the link is replaced but what it leads to
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(run_record.as_json())
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

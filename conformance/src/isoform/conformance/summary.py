@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
@@ -11,10 +12,13 @@ from math import inf
 
 from isoform.conformance.budgets import SMALLEST
 from isoform.conformance.dtypes import SHORT_NAMES
-from isoform.conformance.expected import explain
+from isoform.conformance.expected import explain, no_longer_fails
 from isoform.conformance.operations import CASES
 from isoform.conformance.run import Run
 from isoform.conformance.verdicts import Outcome, Verdict
+
+CAPTURED = "captured file"
+"""Under what a run's environment names the file that its operands were captured in."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Summary:
         counts: How many checks came to each verdict, expected failures aside.
         failures: What failed, case by case, those with the least work first.
         expected: Failures that are known, each with its reason.
+        mended: What is known to fail and passed, each with the reason that was recorded.
         worst: The largest error over its budget; None where no error was measured.
     """
 
@@ -68,6 +73,7 @@ class Summary:
     counts: dict[Verdict, int]
     failures: tuple[Failure, ...]
     expected: tuple[tuple[Outcome, str], ...]
+    mended: tuple[tuple[Outcome, str], ...]
     worst: Worst | None
 
     @property
@@ -92,6 +98,15 @@ class Summary:
         )
         return dict(names.most_common())
 
+    @property
+    def tally(self) -> dict[str, dict[str, int]]:
+        """The same by result or behaviour, and then by the part of the budget."""
+        found: dict[str, dict[str, int]] = {}
+        for name, n in self.failed_checks.items():
+            result, _, part = name.partition("/")
+            found.setdefault(result, {})[part] = n
+        return found
+
 
 def summaries(run: Run) -> tuple[Summary, ...]:
     """What ``run`` says, implementation by implementation."""
@@ -105,8 +120,14 @@ def summaries(run: Run) -> tuple[Summary, ...]:
         counts.subtract(outcome.verdict for outcome, _ in expected)
         counted = {verdict: n for verdict in Verdict if (n := counts[verdict])}
         failures = _failures(run, unexpected)
-        found.append(Summary(name, counted, failures, expected, worst(outcomes)))
+        mended = () if name in run.sources else _mended(outcomes)
+        found.append(Summary(name, counted, failures, expected, mended, worst(outcomes)))
     return tuple(found)
+
+
+def _mended(outcomes: Iterable[Outcome]) -> tuple[tuple[Outcome, str], ...]:
+    entries = ((outcome, no_longer_fails(outcome)) for outcome in outcomes)
+    return tuple((outcome, entry.reason) for outcome, entry in entries if entry is not None)
 
 
 def _failures(run: Run, outcomes: Iterable[Outcome]) -> tuple[Failure, ...]:
@@ -163,17 +184,22 @@ def worst(outcomes: Iterable[Outcome]) -> Worst | None:
 
 def dtype(case_id: str) -> str:
     """The dtype of a case, from its id."""
-    return next((SHORT_NAMES[part] for part in case_id.split("/") if part in SHORT_NAMES), "")
+    return SHORT_NAMES[case_id.split("/")[2]]
 
 
 def command(run: Run, outcome: Outcome) -> str:
     """The command that shows ``outcome`` again."""
-    words = ["isoform", "check"]
-    source = run.sources.get(outcome.implementation)
-    words += ["--impl", source] if source else [outcome.implementation]
-    if source and run.capabilities.get(outcome.implementation, {}).get("framework") == "numpy":
+    name = outcome.implementation
+    source = run.sources.get(name)
+    if outcome.case.startswith("captured/"):
+        file = run.environment.get(CAPTURED, "FILE")
+        words = ["isoform", "replay", file, "--impl", source or name]
+        words += ["--call", outcome.case.rpartition("/")[2]]
+    else:
+        words = ["isoform", "check", *(["--impl", source] if source else [name])]
+        words += ["--case", outcome.case]
+    if source and run.capabilities.get(name, {}).get("framework") == "numpy":
         words += ["--framework", "numpy"]
-    words += ["--case", outcome.case]
     device = run.environment.get("device", "cpu")
     if device != "cpu":
         words += ["--device", device]
@@ -182,11 +208,28 @@ def command(run: Run, outcome: Outcome) -> str:
     return shlex.join(words)
 
 
-def grouped(run: Run, verdict: Verdict) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
-    """Outcomes of ``verdict`` by implementation and message, each with the cases concerned."""
-    found: dict[tuple[str, str], dict[str, None]] = {}
+def idle(run: Run, verdict: Verdict) -> dict[str, dict[str, tuple[str, ...]]]:
+    """What was not run or is not supported: by reason and implementation, the cases concerned."""
+    found: dict[str, dict[str, dict[str, None]]] = {}
     for outcome in run.outcomes:
         if outcome.verdict is verdict:
-            key = (outcome.implementation, outcome.message)
-            found.setdefault(key, {})[outcome.case] = None
-    return tuple((name, message, tuple(cases)) for (name, message), cases in found.items())
+            for why in _reasons(outcome.message):
+                cases = found.setdefault(why, {}).setdefault(outcome.implementation, {})
+                cases[outcome.case] = None
+    return {why: {name: tuple(cases) for name, cases in who.items()} for why, who in found.items()}
+
+
+_DECLARED = "declared unsupported: "
+
+
+def _reasons(message: str) -> set[str]:
+    """The reasons that a message gives, each without what is true of its case alone."""
+    if not message.startswith(_DECLARED):
+        return {message}
+    reasons = message.removeprefix(_DECLARED).split("; ")
+    return {
+        "gradients" if why.startswith("gradient of ") else _SIZES.sub("…", why) for why in reasons
+    }
+
+
+_SIZES = re.compile(r"\b[A-Z]=\d+(?:,[A-Z]=\d+)+|(?<==)\d+")

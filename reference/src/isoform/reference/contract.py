@@ -122,6 +122,7 @@ class Arithmetic:
         accumulate: Logits, softmax and every sum. ``"wide"`` is float32, or float64 for float64.
         logits: What the logits are rounded to before the softmax.
         probabilities: What P is rounded to before it is multiplied with V or with dO.
+        output: What O is rounded to before the backward takes δ = Σ_d dO∘O from it.
         cotangent: What dO is rounded to, after the gate, before it is multiplied.
         dlogits: What dS is rounded to before it is multiplied with K or with Q.
     """
@@ -129,6 +130,7 @@ class Arithmetic:
     accumulate: str = "wide"
     logits: str = "wide"
     probabilities: str = "wide"
+    output: str = "wide"
     cotangent: str = "wide"
     dlogits: str = "wide"
 

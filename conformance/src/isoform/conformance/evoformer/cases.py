@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[Shape, frozenset[str], dict[str, int]]] = {
     "triangle-256": (Shape(1, 256, 256, 256, 4, 4, 32), ROW, {"S": 3}),
     "triangle-384": (Shape(1, 384, 384, 384, 4, 4, 32), ROW, {"S": 2}),
     "triangle-512": (Shape(1, 512, 512, 512, 4, 4, 32), ROW, {"S": 1}),
-    "triangle-1024": (Shape(1, 1024, 1024, 1024, 4, 4, 32), ROW, {"S": 1}),
+    "triangle-1024": (Shape(1, 1024, 1024, 1024, 4, 4, 32), ROW, {"S": 1, "Q": 512}),
     "af3-pairformer-single": (Shape(1, 1, 384, 384, 16, 16, 24), ROW, {}),
     "af3-pairformer-single-768": (Shape(1, 1, 768, 768, 16, 16, 24), ROW, {"Q": 192}),
     "af3-diffusion": (Shape(1, 48, 768, 768, 16, 16, 48), ROW, {"S": 2, "Q": 256, "K": 256}),

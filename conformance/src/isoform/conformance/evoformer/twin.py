@@ -4,9 +4,9 @@ The condition bounds what *can* go wrong; the twin shows what typically does. An
 declares "operands bfloat16, sums float32, P rounded to bfloat16" should err about as much as the
 plain definition with just those roundings, and not by a lesser choice hidden inside the worst case.
 
-Sums are done in ``accumulate``; logits, P, dO (after the gate) and dS are rounded to what the
-declaration says before they enter a product; results are rounded once, to the operands' dtype. P is
-rounded as online softmax has it, before the division by its sum.
+Sums are done in ``accumulate``; logits, P, O (where the backward reads it), dO (after the gate) and
+dS are rounded to what the declaration says before they enter a product; results are rounded once,
+to the operands' dtype. P is rounded as online softmax has it, before the division by its sum.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def twin(
     """
     step = {
         name: arithmetic.resolve(name, dtype)
-        for name in ("accumulate", "logits", "probabilities", "cotangent", "dlogits")
+        for name in ("accumulate", "logits", "probabilities", "output", "cotangent", "dlogits")
     }
     wide = FORMATS[step["accumulate"]].dtype
     q, k, v, mask = (operands.get(name) for name in ("q", "k", "v", "mask"))
@@ -84,7 +84,8 @@ def twin(
             do = rounded(dy * opening, step["cotangent"])
             p = np.where(none_left, 0, np.exp(s - np.where(none_left, 0, lse)))
             dp = do @ vh.swapaxes(-1, -2)
-            ds = np.where(none_left, 0, p * (dp - (do * o).sum(-1, keepdims=True)))
+            delta = (do * rounded(o, step["output"])).sum(-1, keepdims=True)
+            ds = np.where(none_left, 0, p * (dp - delta))
             ds_stored = rounded(ds, step["dlogits"])
             p_stored = rounded(p, step["probabilities"])
             results["dq"] = factor * (ds_stored @ kh)

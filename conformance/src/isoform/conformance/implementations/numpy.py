@@ -19,6 +19,7 @@ DOUBLE = Arithmetic(
     accumulate="float64",
     logits="float64",
     probabilities="float64",
+    output="float64",
     cotangent="float64",
     dlogits="float64",
 )

@@ -40,8 +40,11 @@ SDPA_CAPABILITIES = Capabilities(
     lse=False,
     min_length=1,
     memory="quadratic",
-    # one additive mask in q's dtype: the sum of the biases is rounded to it
-    arithmetic=Arithmetic(logits="operand", probabilities="operand", dlogits="operand"),
+    # One additive mask in q's dtype: the sum of the biases is rounded to it. And the backward takes
+    # δ from the output as it was returned.
+    arithmetic=Arithmetic(
+        logits="operand", probabilities="operand", output="operand", dlogits="operand"
+    ),
 )
 
 

@@ -1,0 +1,208 @@
+"""A run as one HTML page: its figures, its failures, its plots; it loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from isoform.conformance.budgets import SMALLEST
+from isoform.conformance.console import HEADERS, counts, number, status
+from isoform.conformance.dtypes import FORMATS
+from isoform.conformance.plots import budget_strips, dtypes, results, ulp_histogram
+from isoform.conformance.run import Run, write_whole
+from isoform.conformance.summary import Summary, Worst, dtype, idle, shares, summaries
+from isoform.conformance.verdicts import Verdict
+from isoform.reference.contract import DIFFERENTIABLE, FLOAT_DTYPES, OPTIONAL_OPERANDS
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+SHOWN_FAILURES = 15
+"""Failed cases shown of each implementation; all are in the run's JSON."""
+
+SHOWN_MESSAGES = 4
+"""Messages shown of each failed case; the other checks are named."""
+
+PARTS = {
+    "condition": "error / u·κ",
+    "twin_max": "max / twin's",
+    "twin_mean": "mean / twin's",
+    "bias": "bias",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table of figures over their limits: one implementation in one dtype."""
+
+    implementation: str
+    dtype: str
+    cells: tuple[Worst | None, ...]
+
+
+def html(run: Run) -> str:
+    """``run`` as an HTML page."""
+    found = summaries(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": number, "heat": _heat}
+    measured = [name for name in run.implementations if _has_errors(run, name)]
+    return environment.get_template("report.html.j2").render(
+        css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        headline=_headline(found),
+        run=run,
+        summaries=found,
+        verdicts=[key for key in HEADERS if any(key in counts(each) for each in found)],
+        counts=counts,
+        status=status,
+        cases=len({outcome.case for outcome in run.outcomes}),
+        results=results(run),
+        by_result=_by_result(run),
+        parts=PARTS,
+        by_part=_by_part(run),
+        dtypes=dtypes(outcome for outcome in run.outcomes if outcome.errors is not None),
+        short={name: each.short for name, each in FORMATS.items()},
+        strips={name: budget_strips(run, name) for name in measured},
+        histograms={name: ulp_histogram(run, name) for name in measured},
+        capabilities=_capabilities(run),
+        idle={verdict: idle(run, verdict) for verdict in (Verdict.UNSUPPORTED, Verdict.NOT_RUN)},
+        expected=_expected(found),
+        shown_failures=SHOWN_FAILURES,
+        shown_messages=SHOWN_MESSAGES,
+    )
+
+
+def save(run: Run, path: str | os.PathLike[str]) -> None:
+    """Write the report of ``run`` to ``path``, whole or not at all."""
+    write_whole(html(run), Path(path))
+
+
+def _headline(found: tuple[Summary, ...]) -> str:
+    """Who passed, in a sentence."""
+    judged = [summary for summary in found if summary.ran]
+    wrong = [summary.implementation for summary in judged if summary.failed]
+    if not judged:
+        return "Nothing ran."
+    if not wrong:
+        who = f"All {len(judged)} implementations" if len(judged) > 1 else found[0].implementation
+        return f"{who} pass{'es' if len(judged) == 1 else ''}."
+    if len(judged) == 1:
+        return f"{wrong[0]} fails."
+    passing = len(judged) - len(wrong)
+    verb, other = "passes" if passing == 1 else "pass", "fails" if len(wrong) == 1 else "fail"
+    return f"{passing} of {len(judged)} implementations {verb}; {_and(wrong)} {other}."
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _has_errors(run: Run, implementation: str) -> bool:
+    return any(
+        outcome.implementation == implementation and shares(outcome) for outcome in run.outcomes
+    )
+
+
+def _rows(run: Run, columns: Iterable[str], column: Any) -> tuple[Row, ...]:
+    """The worst of every cell; ``column`` says where a figure belongs, by outcome and part."""
+    columns = tuple(columns)
+    cells: dict[tuple[str, str, str], Worst] = {}
+    for outcome in run.outcomes:
+        for part, share in shares(outcome).items():
+            key = outcome.implementation, dtype(outcome.case), column(outcome, part)
+            if key not in cells or share > cells[key].share:
+                cells[key] = Worst(share, outcome.case, f"{outcome.check}/{part}")
+    return tuple(
+        Row(name, kind, row)
+        for name in run.implementations
+        for kind in FORMATS
+        if any(row := tuple(cells.get((name, kind, each)) for each in columns))
+    )
+
+
+def _by_result(run: Run) -> tuple[Row, ...]:
+    """Error over budget: implementation and dtype down, results across. The condition alone, where
+    it was looked at.
+    """
+    pointwise = any("condition" in shares(outcome) for outcome in run.outcomes)
+    return _rows(
+        run,
+        results(run),
+        lambda outcome, part: outcome.check if part == "condition" or not pointwise else "",
+    )
+
+
+def _by_part(run: Run) -> tuple[Row, ...]:
+    """Every part of the budget: implementation and dtype down, parts across."""
+    return _rows(run, SMALLEST, lambda outcome, part: part)
+
+
+def _heat(share: float) -> str:
+    """How strongly a cell is tinted: in steps of the share that it has of its limit."""
+    return f"{100 * min(max(share, 0.0), 1.0) ** 0.7:.0f}%"
+
+
+def _expected(found: Iterable[Summary]) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+    """Known failures by implementation and reason, each with what it is seen in."""
+    grouping: dict[tuple[str, str], list[str]] = {}
+    for summary in found:
+        for outcome, reason in summary.expected:
+            seen = f"{outcome.case}: {', '.join(outcome.failed_checks)}"
+            grouping.setdefault((summary.implementation, reason), []).append(seen)
+    return tuple((name, reason, tuple(seen)) for (name, reason), seen in grouping.items())
+
+
+def _capabilities(run: Run) -> tuple[tuple[str, tuple[tuple[str, tuple[Any, ...]], ...]], ...]:
+    """What is declared: groups of rows, and in each row a value for every implementation, a bool
+    where it is a question of yes or no.
+    """
+    declared = [run.capabilities[name] for name in run.implementations if name in run.capabilities]
+    if not declared:
+        return ()
+
+    def has(field: str, names: Iterable[str]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+        return tuple((name, tuple(name in each[field] for each in declared)) for name in names)
+
+    def said(label: str, words: Any) -> tuple[str, tuple[Any, ...]]:
+        return label, tuple(words(each) for each in declared)
+
+    devices = sorted({device for each in declared for device in each["devices"]})
+    return (
+        ("dtypes", has("dtypes", FLOAT_DTYPES)),
+        ("operands", has("operands", OPTIONAL_OPERANDS)),
+        ("gradients of", has("gradients", DIFFERENTIABLE)),
+        ("devices", has("devices", devices)),
+        (
+            "behaviour",
+            (
+                said("returns lse", lambda each: each["lse"]),
+                said("grouped heads", lambda each: each["grouped_heads"]),
+                said("empty axes", lambda each: each["min_length"] == 0),
+                said("deterministic", lambda each: each["deterministic"]),
+                said("memory linear in the length", lambda each: each["memory"] == "linear"),
+            ),
+        ),
+        (
+            "sizes and arithmetic",
+            (
+                said("head dims", _head_dims),
+                said("probabilities rounded to", lambda each: each["arithmetic"]["probabilities"]),
+                said("sums in", lambda each: each["arithmetic"]["accumulate"]),
+            ),
+        ),
+    )
+
+
+def _head_dims(declared: dict[str, Any]) -> str:
+    low, high = declared["head_dims"]
+    multiple = declared["head_dim_multiple"]
+    return f"{low}–{high}" + (f", ×{multiple}" if multiple > 1 else "")

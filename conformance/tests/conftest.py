@@ -1,0 +1,57 @@
+"""What several tests share: made-up outcomes, made-up known faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isoform.conformance import expected
+from isoform.conformance.verdicts import GROUPS, Outcome, Part, Verdict
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite's marks are known here too, where its parts are imported."""
+    for group in GROUPS:
+        config.addinivalue_line("markers", f"{group}: the suite's checks of this group")
+
+
+@pytest.fixture
+def make_outcome() -> Callable[..., Outcome]:
+    """An outcome of a check of ``out``; parts are given as a dictionary: which holds?"""
+
+    def make(
+        verdict: Verdict = Verdict.WRONG, *, parts: dict[str, bool] | None = None, **more: Any
+    ) -> Outcome:
+        described = {
+            "implementation": "mine",
+            "case": "evoformer/length-17/fp32/all-operands",
+            "group": "conformance",
+            "check": "out",
+            "message": "" if verdict is Verdict.PASS else f"it is {verdict}",
+        }
+        judged = tuple(Part(name, holds, 2.0, 1.0) for name, holds in (parts or {}).items())
+        return Outcome(**described | more, verdict=verdict, parts=judged)
+
+    return make
+
+
+@pytest.fixture
+def known_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Puts other expected failures in force: tables with the fields of an ExpectedFailure."""
+    path = tmp_path / "expected_failures.toml"
+
+    def record(*entries: dict[str, str]) -> None:
+        tables = (
+            "\n".join(["[[failure]]", *(f'{key} = "{value}"' for key, value in entry.items())])
+            for entry in entries
+        )
+        path.write_text("\n\n".join(tables))
+        expected.expected_failures.cache_clear()
+
+    monkeypatch.setattr(expected, "PATH", path)
+    record()
+    yield record
+    expected.expected_failures.cache_clear()

@@ -1,0 +1,61 @@
+"""The calibration is in force, true to the code, and covers what is judged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from isoform.conformance import budgets
+from isoform.conformance.budgets import budget, calibration, digest
+from isoform.conformance.case import CASES_VERSION
+from isoform.conformance.operations import CASES, OPERATIONS
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_calibration_is_not_stale(operation: str) -> None:
+    assert calibration(operation)["digest"] == digest(), (
+        "what the budgets were measured with has changed: run 'isoform calibrate'"
+    )
+    assert calibration(operation)["cases_version"] == CASES_VERSION
+
+
+def test_digest_follows_what_it_depends_on(
+    tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digest()
+    monkeypatch.setattr(budgets, "DEPENDS_ON", budgets.DEPENDS_ON[1:])
+    assert digest() != before
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_result_of_every_dtype_has_a_budget(operation: str) -> None:
+    results = {"out", "lse"} | {f"d{name}" for name in OPERATIONS[operation].differentiable}
+    for dtype in {case.dtype for case in CASES.values() if case.operation == operation}:
+        for result in results:
+            limits = budget(operation, dtype, result)
+            assert all(limit > 0 for limit in vars(limits).values())
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_limits_follow_from_what_was_observed(operation: str) -> None:
+    record = calibration(operation)
+    for results in record["limits"].values():
+        for figures in results.values():
+            for name, found in figures.items():
+                computed = float(f"{record['margin'] * found['observed']:.2g}")
+                assert found["limit"] == max(record["smallest"][name], computed)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_condition_is_a_sharp_measure(operation: str) -> None:
+    """Honest errors are of the order of u·κ: were they far below, κ would hide faults."""
+    limits = calibration(operation)["limits"]
+    for dtype, results in limits.items():
+        for result, figures in results.items():
+            assert figures["condition"]["limit"] < 10, (dtype, result)
+
+
+def test_record_is_plain_json() -> None:
+    for operation in OPERATIONS:
+        assert json.loads(budgets.calibration_path(operation).read_text())["operation"] == operation
