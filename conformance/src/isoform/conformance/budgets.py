@@ -95,8 +95,8 @@ def result_format(result: str, dtype: str) -> str:
 
 
 def units(result: str, dtype: str, arithmetic: Arithmetic) -> tuple[float, float]:
-    """Units (u and η) for ``result``: of the format it is returned in; for lse of what the logits are
-    kept in, where that is coarser.
+    """Units (u and η) for ``result``: of the format it is returned in; for lse of what the logits
+    are kept in, where that is coarser.
     """
     formats = [FORMATS[result_format(result, dtype)]]
     if result == "lse":

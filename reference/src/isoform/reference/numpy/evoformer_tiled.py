@@ -1,6 +1,6 @@
 r"""Evoformer attention in tiles, with an online softmax: what a GPU does.
 
-The plain form (:mod:`.evoformer`) holds all Q·K logits of a head. This one holds a tile of
+The plain form (:mod:`.numpy.evoformer`) holds all Q·K logits of a head. This one holds a tile of
 ``block_q × block_k`` and never more, so its memory grows with Q + K. Two observations make it
 possible.
 
@@ -64,16 +64,16 @@ def evoformer_attention_tiled(
     block_q: int = 64,
     block_k: int = 64,
 ) -> Any:
-    """:func:`~.evoformer.evoformer_attention` in tiles; memory grows with Q + K, not with Q·K.
+    """:func:`~.numpy.evoformer.evoformer_attention` in tiles: memory grows with Q + K.
 
     Args:
         q, k, v, mask, mask_bias, pair_bias, gate, scale, compute_dtype: As in
-            :func:`~.evoformer.evoformer_attention`.
+            :func:`~.numpy.evoformer.evoformer_attention`.
         block_q: Queries in a tile, at least 1.
         block_k: Keys in a tile, at least 1.
 
     Returns:
-        As :func:`~.evoformer.evoformer_attention`.
+        As :func:`~.numpy.evoformer.evoformer_attention`.
 
     Raises:
         TypeError: An operand's dtype is wrong.
@@ -114,18 +114,18 @@ def evoformer_attention_backward_tiled(
     block_q: int = 64,
     block_k: int = 64,
 ) -> Gradients:
-    """:func:`~.evoformer.evoformer_attention_backward` in tiles.
+    """:func:`~.numpy.evoformer.evoformer_attention_backward` in tiles.
 
     Args:
         dout: Gradient of the loss by ``out``, ``[B, S, Q, H, D]``.
         q, k, v, mask, mask_bias, pair_bias, gate, scale, compute_dtype: As in
-            :func:`~.evoformer.evoformer_attention`.
+            :func:`~.numpy.evoformer.evoformer_attention`.
         block_q: Queries in a tile, at least 1.
         block_k: Keys in a tile, at least 1.
 
     Returns:
-        As :func:`~.evoformer.evoformer_attention_backward`. Of size Q·K there is nothing but the
-        pair bias's own gradient.
+        As :func:`~.numpy.evoformer.evoformer_attention_backward`. Of size Q·K there is nothing but
+        the pair bias's own gradient.
 
     Raises:
         TypeError: As in the forward, or dout is not in q's dtype.

@@ -1,4 +1,4 @@
-r"""The attention layers of the AlphaFold papers, as ``torch.nn.Module``s.
+r"""The attention layers of the AlphaFold papers, each a ``torch.nn.Module``.
 
 AF2 is the supplement of Jumper et al., Nature 2021; AF3 that of Abramson et al., Nature 2024. Seven
 of their algorithms are one operation, Evoformer attention, between linear projections. What differs
@@ -22,8 +22,8 @@ them stand those of the activations: ``msa [B, S, R, C_m]`` with S sequences of 
 says which.
 
 Each layer takes the operation as its argument ``attention``: any function with the signature of
-:func:`.evoformer.evoformer_attention`. Put in another implementation and the layer computes the
-same thing, if that implementation is right. A gate g = σ(x) is passed as the operand ``gate``,
+:func:`.torch.evoformer.evoformer_attention`. Put in another implementation and the layer computes
+the same thing, if that implementation is right. A gate g = σ(x) is passed as the operand ``gate``,
 before its sigmoid, wherever it has the shape of the attention's output.
 
 The layers return the update, as the algorithms do; the residual sum is the caller's (AF2
@@ -51,7 +51,7 @@ from isoform.reference.contract import dtype_name
 from isoform.reference.torch.evoformer import evoformer_attention
 
 Attention = Callable[..., Any]
-"""A function with the signature of :func:`.evoformer.evoformer_attention`."""
+"""A function with the signature of :func:`.torch.evoformer.evoformer_attention`."""
 
 
 class MSARowAttentionWithPairBias(nn.Module):
