@@ -3,7 +3,7 @@
 project = "isoform"
 author = "The isoform authors"
 copyright = author  # noqa: A001  (Sphinx's name for it)
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 suppress_warnings = ["ref.python"]  # two classes may have an attribute of the same name
 exclude_patterns = ["_build"]

@@ -514,6 +514,59 @@ def test_compare_with_itself_and_several_cases(here: Path) -> None:
     assert all(case_id in every.stdout for case_id in CASES if "/scale/" in case_id)
 
 
+def test_replay(here: Path) -> None:
+    import torch
+
+    from isoform.conformance.capture import capture
+
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    with capture("step.safetensors"):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    judged = run(
+        *("replay", "step.safetensors", "--impl", NUMPY, "--impl", "zeros:attention"),
+        *("--json", "run.json", "--html", "run.html", "--junit", "junit.xml"),
+    )
+    assert judged.exit_code == 1, judged.output
+    command = re.search(r"\$ isoform (replay step.safetensors .*)", judged.stdout)
+    assert command is not None
+    assert "--impl zeros:attention" in command[1]
+    assert run(*command[1].split()).exit_code == 1
+    assert Run.from_json((here / "run.json").read_text()).implementations == ("numpy", "attention")
+    assert (here / "run.html").stat().st_size > (here / "junit.xml").stat().st_size > 0
+    assert run("replay", "step.safetensors", "--impl", NUMPY).exit_code == 0
+    missing = run("replay", "step.safetensors", "--impl", NUMPY, "--call", "call-0009")
+    assert missing.exit_code == 2
+    assert "call-0009" in missing.stderr
+
+
+def test_demo_shows_where_the_report_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from isoform.conformance import demo
+    from isoform.conformance.implementations.numpy import NUMPY as IMPLEMENTATION
+    from isoform.conformance.run import run as judge
+
+    def shown(output: Path, **_: object) -> Run:
+        return judge([IMPLEMENTATION], [CASES[CASE]], invalid_calls=False, memory=False)
+
+    monkeypatch.setattr(demo, "demo", shown)
+    result = run("demo", "-o", "there")
+    assert result.exit_code == 0, result.output
+    assert f"report: {Path('there') / demo.REPORT}" in result.stderr
+    assert Run.from_json(run("demo", "--json").stdout).implementations == ("numpy",)
+
+
+def test_calibrate_records_what_it_measured(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from isoform.conformance import calibrate
+
+    saved: list[object] = []
+    monkeypatch.setattr(calibrate, "calibrate", lambda operation, progress: {"of": operation})
+    monkeypatch.setattr(calibrate, "save", saved.append)
+    result = run("calibrate")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert saved == [{"of": "evoformer_attention"}]
+    assert "recorded in" in result.stderr
+    assert "Did you mean evoformer_attention" in run("calibrate", "evoformer").stderr
+
+
 def test_version(here: Path) -> None:
     for args in (("--version",), ("version",)):
         result = run(*args)

@@ -79,9 +79,9 @@ def test_gradients_only_if_wanted_and_of_what_there_is() -> None:
         Arithmetic(),
         Arithmetic(probabilities="operand"),
         Arithmetic(probabilities="operand", cotangent="operand", dlogits="operand"),
-        Arithmetic(logits="operand", probabilities="operand", dlogits="operand"),
+        Arithmetic(logits="operand", probabilities="operand", output="operand", dlogits="operand"),
     ],
-    ids=["wide", "P", "P, dO, dS", "S, P, dS"],
+    ids=["wide", "P", "P, dO, dS", "S, P, O, dS"],
 )
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_its_errors_are_within_the_budget(dtype: str, arithmetic: Arithmetic) -> None:
@@ -112,6 +112,7 @@ def test_results_are_numbers_of_the_format_they_are_returned_in(dtype: str) -> N
     [
         ("logits", RESULTS),
         ("probabilities", {"out", "dv"} | GRADIENTS - {"dv"}),  # through o, all that holds δ too
+        ("output", {"dq", "dk", "dmask_bias", "dpair_bias"}),  # through δ
         ("cotangent", GRADIENTS - {"dgate"}),
         ("dlogits", {"dq", "dk"}),
         ("accumulate", RESULTS),
@@ -142,7 +143,7 @@ def test_operand_and_wide_are_taken_from_the_call() -> None:
     for name, x in same.items():
         np.testing.assert_array_equal(x, named[name])
     assert (same["out"] != wide["out"]).any()
-    for name, x in found(Arithmetic("float32", "float32", "float32", "float32", "float32")).items():
+    for name, x in found(Arithmetic(**dict.fromkeys(vars(Arithmetic()), "float32"))).items():
         np.testing.assert_array_equal(x, wide[name])
 
 

@@ -47,10 +47,10 @@ class Budget:
     """The limits for one result in one dtype.
 
     Attributes:
-        condition: C of |error| ≤ C·(u·κ + η·λ).
+        condition: C: no error is above C·(u·κ + η·λ).
         twin_max: Largest error, as a multiple of the twin's.
         twin_mean: Mean error, as a multiple of the twin's.
-        bias: |mean signed error| over the root mean square of the error.
+        bias: The mean signed error, as a part of the root mean square of the error.
     """
 
     condition: float

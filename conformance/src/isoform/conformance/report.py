@@ -93,8 +93,12 @@ def _headline(found: tuple[Summary, ...]) -> str:
     if not judged:
         return "Nothing ran."
     if not wrong:
-        who = f"All {len(judged)} implementations" if len(judged) > 1 else found[0].implementation
-        return f"{who} pass{'es' if len(judged) == 1 else ''}."
+        known = [summary.implementation for summary in judged if summary.expected]
+        also = f"; {_and(known)} {'has' if len(known) == 1 else 'have'} known failures"
+        who = f"All {len(judged)} implementations pass"
+        if len(judged) == 1:
+            who, also = f"{judged[0].implementation} passes", "; it has known failures"
+        return f"{who}{also if known else ''}."
     if len(judged) == 1:
         return f"{wrong[0]} fails."
     passing = len(judged) - len(wrong)
