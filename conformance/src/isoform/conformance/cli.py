@@ -808,7 +808,7 @@ def replay(
 
 
 @app.command(
-    cls=_Command, epilog=_epilog("isoform demo", "isoform demo -o /tmp/demo --json run.json")
+    cls=_Command, epilog=_epilog("isoform demo", "isoform demo -o somewhere --json run.json")
 )
 def demo(
     output: Annotated[

@@ -53,8 +53,13 @@ MODEL_CASES = (
 """What is judged besides the captured calls: shapes of AlphaFold 2 and 3, as far as they are
 manageable on two cores."""
 
-CAPTURED, RECORD, REPORT, FIGURE = "evoformer.safetensors", "run.json", "report.html", "input.png"
+CAPTURED, RECORD, REPORT, FIGURE = "evoformer.safetensors", "run.json", "index.html", "input.png"
 """The files that the demo leaves."""
+
+CAPTION = (
+    "What the captured calls come from: a stretch of the alignment, the distances between its Cα "
+    "atoms, and one head's attention in the untrained network, without and with the pair bias."
+)
 
 SEED = 3_141_592
 
@@ -362,7 +367,7 @@ def demo(
     )
     found = judge_recorded(directory / CAPTURED, chosen, judged, progress=progress)
     write(found, directory / RECORD)
-    report.save(found, directory / REPORT)
+    report.save(found, directory / REPORT, picture=directory / FIGURE, caption=CAPTION)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,14 @@ class Row:
     cells: tuple[Worst | None, ...]
 
 
-def html(run: Run) -> str:
-    """``run`` as an HTML page."""
+def html(run: Run, *, picture: Path | None = None, caption: str = "") -> str:
+    """``run`` as an HTML page.
+
+    Args:
+        run: The run.
+        picture: A PNG file of what was judged on, to be shown first; it becomes part of the page.
+        caption: What the picture shows, in a sentence or two.
+    """
     found = summaries(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -60,6 +67,8 @@ def html(run: Run) -> str:
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         headline=_headline(found),
         run=run,
+        picture=None if picture is None else b64encode(picture.read_bytes()).decode(),
+        caption=caption,
         summaries=found,
         verdicts=[key for key in HEADERS if any(key in counts(each) for each in found)],
         counts=counts,
@@ -81,9 +90,11 @@ def html(run: Run) -> str:
     )
 
 
-def save(run: Run, path: str | os.PathLike[str]) -> None:
-    """Write the report of ``run`` to ``path``, whole or not at all."""
-    write_whole(html(run), Path(path))
+def save(
+    run: Run, path: str | os.PathLike[str], *, picture: Path | None = None, caption: str = ""
+) -> None:
+    """Write the report of ``run``, as :func:`html` makes it, to ``path``, whole or not at all."""
+    write_whole(html(run, picture=picture, caption=caption), Path(path))
 
 
 def _headline(found: tuple[Summary, ...]) -> str:
