@@ -60,7 +60,12 @@ def processor_features() -> frozenset[str]:
     if not CPUINFO.exists():
         return frozenset()
     lines = CPUINFO.read_text().splitlines()
-    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())
+    return frozenset(
+        word
+        for line in lines
+        if line.lower().startswith(("flags", "features"))
+        for word in line.split()
+    )
 
 
 def explain(outcome: Outcome) -> str | None:
