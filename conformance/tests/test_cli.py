@@ -139,7 +139,13 @@ def spawn(*args: str, cwd: Path, **variables: str) -> subprocess.CompletedProces
         text=True,
         timeout=120,
         check=False,
+        preexec_fn=listen,
     )
+
+
+def listen() -> None:
+    """Let Ctrl-C through: a shell's background job starts programs that ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # The exit codes, of the real program.
@@ -247,7 +253,9 @@ def test_control_c_from_outside(here: Path) -> None:
     command = [sys.executable, "-m", "isoform.conformance.cli", "check", "--impl", "slow:attention"]
     pipe = subprocess.PIPE
     options = ("--framework", "numpy", "--json", "-")
-    with subprocess.Popen([*command, *options], cwd=here, stdout=pipe, stderr=pipe) as it:
+    with subprocess.Popen(
+        [*command, *options], cwd=here, stdout=pipe, stderr=pipe, preexec_fn=listen
+    ) as it:
         deadline = time.monotonic() + 60
         while not (here / "begun").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
