@@ -2,9 +2,9 @@
 
 The constants are not chosen but measured: ``isoform calibrate`` runs implementations that are known
 to be right over all cases, and records the largest error over u·κ, the largest ratio to the twin
-and the largest bias that they show. The constant is that figure times a margin. The record, with
-the date, the implementations and a digest of everything it depends on, is part of the package; a
-test fails when the digest no longer fits.
+and the largest bias that they show, on each device. The constant is that figure times a margin. The
+record, with the date, the implementations and a digest of everything it depends on, is part of the
+package; a test fails when the digest of the CPU's part no longer fits.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def calibration(operation: str) -> dict[str, Any]:
 def budget(operation: str, dtype: str, result: str) -> Budget:
     """The limits for ``result`` in ``dtype``."""
     limits = calibration(operation)["limits"][dtype][result]
-    return Budget(**{name: limits[name]["limit"] for name in SMALLEST})
+    return Budget(**{name: limits[name] for name in SMALLEST})
 
 
 def digest() -> str:

@@ -30,56 +30,96 @@ from isoform.conformance.oracle import expected, figures, measure
 from isoform.conformance.run import environment
 from isoform.conformance.trusted import TRUSTED
 
+Observed = dict[str, dict[str, dict[str, dict[str, Any]]]]
+"""By dtype, result and figure: the largest value, and whose it was on which case."""
+
 
 def calibrate(
-    operation: str, progress: Callable[[Case], None] = lambda case: None
+    operation: str, *, device: str = "cpu", progress: Callable[[Case], None] = lambda case: None
 ) -> dict[str, Any]:
-    """Run the trusted implementations over all cases and return the record of their errors.
+    """Run the trusted implementations on ``device`` over all cases of a CPU's size.
+
+    What other devices showed is kept from the calibration in force: each machine renews its own
+    part, and a limit follows from the largest figure that any device showed.
+
+    Returns:
+        The new record.
 
     Raises:
-        RuntimeError: One of them breaks the pattern of a result: it cannot be trusted.
+        RuntimeError: One of the implementations breaks the pattern of a result: it cannot be
+            trusted. Or the device is not there.
     """
-    limits: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    found: Observed = {}
+    trusted = [one for one in TRUSTED if device in one.capabilities.devices]
+    if not all(device in framework(one.framework).devices() for one in trusted):
+        raise RuntimeError(f"no device {device} here to calibrate on")
     for case in OPERATIONS[operation].cases.values():
         if case.large:
             continue
         progress(case)
-        for implementation in TRUSTED:
-            for result, figure, value in _observe(implementation, case):
-                seen = limits.setdefault(case.dtype, {}).setdefault(result, {})
-                if value >= seen.get(figure, {"observed": -1.0})["observed"]:
+        for implementation in trusted:
+            for result, figure, value in _observe(implementation, case, device):
+                seen = found.setdefault(case.dtype, {}).setdefault(result, {})
+                if value >= seen.get(figure, {"value": -1.0})["value"]:
                     seen[figure] = {
-                        "observed": value,
+                        "value": value,
                         "implementation": implementation.name,
                         "case": case.id,
                     }
+    here = {"digest": digest(), "environment": environment(trusted, device)}
+    before = _in_force(operation)
+    observed = {**before["observed"], device: found}
     return {
         "operation": operation,
         "cases_version": CASES_VERSION,
-        "digest": digest(),
         "margin": MARGIN,
         "smallest": SMALLEST,
-        "environment": environment(TRUSTED, "cpu"),
-        "limits": {
-            dtype: {result: _limits(seen) for result, seen in results.items()}
-            for dtype, results in limits.items()
-        },
+        "devices": {**before["devices"], device: here},
+        "limits": _limits(observed),
+        "observed": observed,
     }
 
 
-def _limits(seen: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        figure: {"limit": max(SMALLEST[figure], _two_digits(MARGIN * found["observed"])), **found}
-        for figure in SMALLEST
-        for found in [seen.get(figure, {"observed": 0.0})]
+def _in_force(operation: str) -> dict[str, Any]:
+    """The calibration in force, if it is of this version of the cases."""
+    nothing: dict[str, Any] = {"cases_version": None, "devices": {}, "observed": {}}
+    record = calibration(operation) if calibration_path(operation).exists() else nothing
+    return record if record["cases_version"] == CASES_VERSION else nothing
+
+
+def _limits(observed: dict[str, Observed]) -> dict[str, dict[str, dict[str, float]]]:
+    """The limits of every dtype, result and figure, from what all devices showed."""
+    pairs = {
+        (dtype, result)
+        for found in observed.values()
+        for dtype, results in found.items()
+        for result in results
     }
+    limits: dict[str, dict[str, dict[str, float]]] = {}
+    for dtype, result in sorted(pairs):
+        limits.setdefault(dtype, {})[result] = {
+            figure: max(smallest, _two_digits(MARGIN * _largest(observed, dtype, result, figure)))
+            for figure, smallest in SMALLEST.items()
+        }
+    return limits
+
+
+def _largest(observed: dict[str, Observed], dtype: str, result: str, figure: str) -> float:
+    """The largest value that any device showed; 0 where none was looked at."""
+    nothing = {"value": 0.0}
+    return max(
+        float(found.get(dtype, {}).get(result, {}).get(figure, nothing)["value"])
+        for found in observed.values()
+    )
 
 
 def _two_digits(x: float) -> float:
     return float(f"{x:.2g}")
 
 
-def _observe(implementation: Implementation, case: Case) -> Sequence[tuple[str, str, float]]:
+def _observe(
+    implementation: Implementation, case: Case, device: str
+) -> Sequence[tuple[str, str, float]]:
     """What one implementation shows on one case: result, figure, value."""
     operation = OPERATIONS[case.operation]
     capabilities = implementation.capabilities
@@ -88,12 +128,14 @@ def _observe(implementation: Implementation, case: Case) -> Sequence[tuple[str, 
         for name in operation.differentiable
         if case.differentiate and (name in ("q", "k", "v") or name in case.operands)
     ]
-    call = operation.call_for(case, gradients=frozenset(wanted), lse=capabilities.lse)
+    call = operation.call_for(
+        case, gradients=frozenset(wanted), lse=capabilities.lse, device=device
+    )
     if capabilities.unsupported_reasons(call):
         return []
     library = framework(implementation.framework)
     truth = expected(case, case.differentiate)
-    operands = library.upload(truth.operands, "cpu")
+    operands = library.upload(truth.operands, device)
     returned = library.run(
         implementation, operands, case.scale, lse=capabilities.lse, gradients=wanted
     )
@@ -115,17 +157,14 @@ def _observe(implementation: Implementation, case: Case) -> Sequence[tuple[str, 
 
 def save(record: dict[str, Any]) -> None:
     """Put a calibration in force."""
-    if not all(np.isfinite(limit) for limit in _all_limits(record)):
+    limits = [
+        limit
+        for results in record["limits"].values()
+        for figures in results.values()
+        for limit in figures.values()
+    ]
+    if not np.isfinite(limits).all():
         raise RuntimeError("a calibrated limit is not finite; nothing was saved")
     path = calibration_path(record["operation"])
     path.write_text(json.dumps(record, indent=1) + "\n")
     calibration.cache_clear()
-
-
-def _all_limits(record: dict[str, Any]) -> list[float]:
-    return [
-        figure["limit"]
-        for results in record["limits"].values()
-        for result in results.values()
-        for figure in result.values()
-    ]

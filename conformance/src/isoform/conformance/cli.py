@@ -854,11 +854,13 @@ def calibrate(
     operation: Annotated[
         str, typer.Argument(metavar="OPERATION", help="The operation to calibrate.")
     ] = "evoformer_attention",
+    device: Annotated[str, typer.Option("--device", help="Where: cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure how much error implementations known to be right make, and put it in force.
 
     For developers of isoform: whoever changes cases, condition, twin or metrics calibrates anew and
-    commits the record, which is part of the package. Takes a few minutes.
+    commits the record, which is part of the package. What was seen on other devices is kept. Takes
+    a few minutes.
     """
     from isoform.conformance.budgets import calibration_path
     from isoform.conformance.case import UnknownName
@@ -874,9 +876,12 @@ def calibrate(
     except ModuleNotFoundError as missing:
         _fail(str(Unavailable("isoform calibrate", missing)))
     smaller = [case for case in OPERATIONS[operation].cases.values() if not case.large]
-    with progress(len(smaller)) as step:
-        record = measure(operation, lambda case: step(case.id))
-    save(record)
+    try:
+        with progress(len(smaller)) as step:
+            record = measure(operation, device=device, progress=lambda case: step(case.id))
+        save(record)
+    except RuntimeError as fault:
+        _fail(str(fault))
     _say(f"recorded in {calibration_path(operation)}")
 
 
