@@ -565,12 +565,20 @@ def test_demo_shows_where_the_report_is(here: Path, monkeypatch: pytest.MonkeyPa
 def test_calibrate_records_what_it_measured(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from isoform.conformance import calibrate
 
+    def measured(operation: str, device: str, progress: object) -> dict[str, str]:
+        if device != "cpu":
+            raise RuntimeError(f"no device {device} here")
+        return {"of": operation}
+
     saved: list[object] = []
-    monkeypatch.setattr(calibrate, "calibrate", lambda operation, progress: {"of": operation})
+    monkeypatch.setattr(calibrate, "calibrate", measured)
     monkeypatch.setattr(calibrate, "save", saved.append)
     result = run("calibrate")
     assert (result.exit_code, result.stdout) == (0, "")
     assert saved == [{"of": "evoformer_attention"}]
+    elsewhere = run("calibrate", "--device", "cuda")
+    assert (elsewhere.exit_code, len(saved)) == (2, 1)
+    assert "no device cuda here" in elsewhere.stderr
     assert "recorded in" in result.stderr
     assert "Did you mean evoformer_attention" in run("calibrate", "evoformer").stderr
 
