@@ -24,6 +24,7 @@ DEPENDS_ON = (
     "dtypes.py",
     "metrics.py",
     "oracle.py",
+    "chunks.py",
     "case.py",
     "evoformer/cases.py",
     "evoformer/values.py",

@@ -17,9 +17,9 @@ from isoform.conformance.case import Case
 from isoform.conformance.dtypes import Array
 from isoform.conformance.frameworks import framework
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.metrics import Errors, errors, pattern_fault
+from isoform.conformance.metrics import Errors, errors
 from isoform.conformance.operations import OPERATIONS
-from isoform.conformance.oracle import Expected, expected, measure
+from isoform.conformance.oracle import Expected, expected, fault, measure
 from isoform.conformance.run import environment, plain
 
 SCHEMA = 1
@@ -230,12 +230,6 @@ def _side(
     implementation: Implementation, actual: Array, case: Case, result: str, truth: Expected
 ) -> Side:
     measured = measure(case, implementation.capabilities.arithmetic, result, actual, truth)
-    fault = pattern_fault(
-        actual,
-        truth.results[result],
-        truth.zeros.get(result),
-        result_format(result, case.dtype),
-        lse=result == "lse",
-    )
     limit = budget(case.operation, case.dtype, result).condition
-    return Side(measured, measured.ratio_max / limit, fault or "")
+    broken = fault(case, result, actual, truth)
+    return Side(measured, measured.ratio_max / limit, broken or "")

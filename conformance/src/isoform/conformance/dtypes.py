@@ -65,7 +65,19 @@ SHORT_NAMES = {float_format.short: name for name, float_format in FORMATS.items(
 def rounded(x: Array, name: str) -> Array:
     """``x`` rounded to the format ``name``, in x's own dtype: what storing it there would lose."""
     with np.errstate(over="ignore", invalid="ignore"):
+        if name == "bfloat16" and not isinstance(x, np.ndarray | np.generic):
+            return bfloat16_by_bits(x)
         return x.astype(FORMATS[name].dtype).astype(x.dtype)
+
+
+def bfloat16_by_bits(x: Array) -> Array:
+    """``x`` rounded to bfloat16 where there is no such dtype, as in CuPy: by the bits of float32,
+    whose upper half is a bfloat16.
+    """
+    narrow = x.astype(np.float32)
+    bits = narrow.view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # ties to even
+    return np.where(np.isnan(narrow), narrow, nearest.view(np.float32)).astype(x.dtype)
 
 
 def ulp(x: Array, name: str) -> Array:
@@ -74,4 +86,5 @@ def ulp(x: Array, name: str) -> Array:
     mantissa, exponent = np.frexp(x.astype(np.float64))
     spacing = np.maximum(exponent - float_format.digits, float_format.smallest_exponent)
     spacing = np.where(mantissa == 0, float_format.smallest_exponent, spacing)
-    return np.asarray(np.ldexp(1.0, spacing))
+    distance: Array = np.ldexp(np.ones_like(mantissa), spacing)
+    return distance

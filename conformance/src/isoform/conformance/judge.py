@@ -14,10 +14,10 @@ from isoform.conformance.case import Case, Operands
 from isoform.conformance.dtypes import Array
 from isoform.conformance.frameworks import Framework, framework
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.metrics import Errors, pattern_fault
+from isoform.conformance.metrics import Errors
 from isoform.conformance.operation import Operation
 from isoform.conformance.operations import OPERATIONS
-from isoform.conformance.oracle import Expected, expected, figures, measure
+from isoform.conformance.oracle import Expected, expected, fault, figures, measure
 from isoform.conformance.verdicts import GROUPS, Outcome, Part, Verdict
 from isoform.reference.contract import Unsupported
 
@@ -99,8 +99,10 @@ class _Trial:
         lse = declared.lse and not declined
 
         truth = expected(self.case, differentiates)
-        # made anew: an implementation that writes to its operands must not spoil the oracle's
-        operands = self.library.upload(self.operation.operands(self.case), self.device)
+        # a copy: an implementation that writes to its operands must not spoil the oracle's
+        shared = self.device == "cpu"
+        own = self.operation.operands(self.case) if shared else truth.operands
+        operands = self.library.upload(own, self.device)
         before = self.downloaded(operands)
         if groups == ["gradients"] and present and not (gradients or declined):
             yield from self.undeclared("gradients", "gradients", operands, truth, gradients=present)
@@ -216,10 +218,8 @@ class _Trial:
             found = figures(self.case, arithmetic, name, errors, truth)
             parts = _statistics(found, limits)
         else:
-            fault = pattern_fault(
-                actual, truth.results[name], truth.zeros.get(name), dtype, lse=name == "lse"
-            )
-            parts = (_pattern(fault), _condition(errors, limits))
+            broken_pattern = fault(self.case, name, actual, truth)
+            parts = (_pattern(broken_pattern), _condition(errors, limits))
         broken = [part for part in parts if not part.holds]
         return self.outcome(
             group,

@@ -6,18 +6,23 @@ one oracle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
 from isoform.conformance.budgets import ENOUGH, result_format, units
 from isoform.conformance.case import Case, Operands
-from isoform.conformance.dtypes import Array
-from isoform.conformance.metrics import Errors, errors
+from isoform.conformance.chunks import CPU, GPU, gpu_memory, gpu_present
+from isoform.conformance.dtypes import FORMATS, Array
+from isoform.conformance.metrics import Errors, errors, pattern_fault
 from isoform.conformance.operation import Condition
 from isoform.conformance.operations import OPERATIONS
 from isoform.reference.contract import Arithmetic
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class Expected:
 @lru_cache(maxsize=2)
 def expected(case: Case, gradients: bool) -> Expected:
     """The oracle's results for ``case``; the last ones are kept, for the next implementation."""
+    if case.large:  # gigabytes: nothing is kept beside it
+        expected.cache_clear()
+        _twin.cache_clear()
     operation = OPERATIONS[case.operation]
     operands = operation.operands(case)
     results = operation.reference(operands, case, gradients)
@@ -46,8 +54,12 @@ def expected(case: Case, gradients: bool) -> Expected:
 
 @lru_cache(maxsize=8)
 def _twin(case: Case, arithmetic: Arithmetic, gradients: bool) -> Operands:
+    """Its results, kept in the format that they are rounded to."""
     operands = expected(case, gradients).operands
-    return OPERATIONS[case.operation].twin(operands, case, arithmetic, gradients)
+    found = OPERATIONS[case.operation].twin(operands, case, arithmetic, gradients)
+    return {
+        name: x.astype(FORMATS[result_format(name, case.dtype)].dtype) for name, x in found.items()
+    }
 
 
 def measure(
@@ -55,10 +67,35 @@ def measure(
 ) -> Errors:
     """The errors of result ``name``."""
     u, eta = units(name, case.dtype, arithmetic)
-    condition = truth.conditions[name]
-    with np.errstate(invalid="ignore"):
-        allowed = np.nan_to_num(u * condition.relative + eta * condition.underflow)
-    return errors(actual, truth.results[name], allowed, result_format(name, case.dtype))
+
+    def measured(actual: Array, reference: Array, relative: Array, underflow: Array) -> Errors:
+        with np.errstate(invalid="ignore"):
+            allowed = np.nan_to_num(u * relative + eta * underflow)
+        return errors(actual, reference, allowed, result_format(name, case.dtype))
+
+    return _where_fast(measured, actual, truth.results[name], *truth.conditions[name])
+
+
+def fault(case: Case, name: str, actual: Array, truth: Expected) -> str | None:
+    """What is wrong with the NaN, infinities and exact zeros of result ``name``, or None."""
+    dtype, zeros = result_format(name, case.dtype), truth.zeros.get(name)
+
+    def found(actual: Array, reference: Array, zeros: Array | None = None) -> str | None:
+        return pattern_fault(actual, reference, zeros, dtype, lse=name == "lse")
+
+    fixed = () if zeros is None else (zeros,)
+    return _where_fast(found, actual, truth.results[name], *fixed)
+
+
+def _where_fast(compute: Callable[..., T], *arrays: Array) -> T:
+    """``compute`` of ``arrays``: on a GPU, if there is one, where they are large.
+
+    To sort 10⁸ errors takes a CPU ten seconds, and every result is looked at three times.
+    """
+    if arrays[0].size <= CPU.limit or not gpu_present():
+        return compute(*arrays)
+    with gpu_memory():
+        return compute(*map(GPU.put, arrays))
 
 
 def figures(
@@ -72,12 +109,17 @@ def figures(
         return None
     gradients = any(result.startswith("d") for result in truth.results)
     twins = measure(case, arithmetic, name, _twin(case, arithmetic, gradients)[name], truth)
-    size = np.abs(truth.results[name][np.isfinite(truth.results[name])])
+
+    def sizes(reference: Array, underflow: Array) -> tuple[float, float, float]:
+        size = np.abs(reference[np.isfinite(reference)])
+        return float(size.max()), float(size.mean()), float(underflow.mean())
+
+    underflow = truth.conditions[name].underflow
+    largest, mean, absolute = _where_fast(sizes, truth.results[name], underflow)
     # beside the twin's own error, a part of what rounding the result costs: it may be lucky
     u, eta = units(name, case.dtype, arithmetic)
-    underflow = eta * float(truth.conditions[name].underflow.mean())
     return {
-        "twin_max": measured.max_abs / (twins.max_abs + u / 4 * float(size.max()) + underflow),
-        "twin_mean": measured.mean_abs / (twins.mean_abs + u / 16 * float(size.mean()) + underflow),
+        "twin_max": measured.max_abs / (twins.max_abs + u / 4 * largest + eta * absolute),
+        "twin_mean": measured.mean_abs / (twins.mean_abs + u / 16 * mean + eta * absolute),
         "bias": max(0.0, measured.bias - twins.bias - 4 / float(np.sqrt(measured.count))),
     }

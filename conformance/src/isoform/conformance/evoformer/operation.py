@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from isoform.conformance.case import Case, Operands
+from isoform.conformance.chunks import Processor, in_chunks
 from isoform.conformance.dtypes import Array
 from isoform.conformance.evoformer.cases import ALL, CASES, NAME
 from isoform.conformance.evoformer.condition import conditions
@@ -31,16 +32,22 @@ def call_for(
     return Call(NAME, case.shape, case.dtype, case.operands, gradients, lse, device, architecture)
 
 
-def reference(operands: Operands, case: Case, gradients: bool) -> Operands:
+def reference(
+    operands: Operands, case: Case, gradients: bool, processor: Processor | None = None
+) -> Operands:
     """The oracle's results in float64, by name."""
-    wide = {name: x if x.dtype == bool else x.astype(np.float64) for name, x in operands.items()}
-    dout = wide.pop("dout")
-    out, lse = evoformer_attention(**wide, scale=case.scale, return_lse=True)
-    results: Operands = {"out": out, "lse": lse}
-    if gradients:
-        found = evoformer_attention_backward(dout, **wide, scale=case.scale)._asdict()
-        results |= {name: x for name, x in found.items() if x is not None}
-    return results
+
+    def step(chunk: Operands) -> dict[str, tuple[Array]]:
+        wide = {name: x if x.dtype == bool else x.astype(np.float64) for name, x in chunk.items()}
+        dout = wide.pop("dout")
+        out, lse = evoformer_attention(**wide, scale=case.scale, return_lse=True)
+        results = {"out": (out,), "lse": (lse,)}
+        if gradients:
+            found = evoformer_attention_backward(dout, **wide, scale=case.scale)._asdict()
+            results |= {name: (x,) for name, x in found.items() if x is not None}
+        return results
+
+    return {name: x for name, (x,) in in_chunks(step, operands, processor).items()}
 
 
 def zeros(operands: Operands, results: Operands) -> dict[str, Array]:

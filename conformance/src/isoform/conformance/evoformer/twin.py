@@ -15,11 +15,13 @@ import numpy as np
 
 from isoform.conformance.budgets import result_format
 from isoform.conformance.case import Operands
-from isoform.conformance.dtypes import FORMATS, rounded
+from isoform.conformance.chunks import Processor, in_chunks
+from isoform.conformance.dtypes import FORMATS, Array, rounded
 from isoform.reference.contract import Arithmetic
 from isoform.reference.numpy.evoformer import (
     attended,
     heads_first,
+    largest,
     resolve_scale,
     sigmoid,
     sum_groups,
@@ -33,6 +35,7 @@ def twin(
     arithmetic: Arithmetic,
     *,
     gradients: bool,
+    processor: Processor | None = None,
 ) -> Operands:
     """All results of one call, with every step rounded as ``arithmetic`` declares.
 
@@ -42,16 +45,33 @@ def twin(
         dtype: The call's dtype.
         arithmetic: The declared arithmetic.
         gradients: Whether the gradients are wanted too.
+        processor: As in :func:`~.chunks.in_chunks`.
 
     Returns:
         By the name of the result, rounded to the call's dtype (lse: to float32 at least).
     """
-    step = {
+
+    def step(chunk: Operands) -> dict[str, tuple[Array]]:
+        found = _with_roundings(chunk, scale, dtype, arithmetic, gradients=gradients)
+        return {name: (x,) for name, x in found.items()}
+
+    # what is summed over chunks is summed in ``accumulate``, and rounded when it is whole
+    return {
+        name: rounded(x, result_format(name, dtype)).astype(np.float64)
+        for name, (x,) in in_chunks(step, operands, processor).items()
+    }
+
+
+def _with_roundings(
+    chunk: Operands, scale: float | None, dtype: str, arithmetic: Arithmetic, *, gradients: bool
+) -> Operands:
+    """The results of one chunk, as they are before they are rounded to what is returned."""
+    steps = {
         name: arithmetic.resolve(name, dtype)
         for name in ("accumulate", "logits", "probabilities", "output", "cotangent", "dlogits")
     }
-    wide = FORMATS[step["accumulate"]].dtype
-    q, k, v, mask = (operands.get(name) for name in ("q", "k", "v", "mask"))
+    wide = FORMATS[steps["accumulate"]].dtype
+    q, k, v, mask = (chunk.get(name) for name in ("q", "k", "v", "mask"))
     assert q is not None and k is not None and v is not None
     factor = wide.type(resolve_scale(scale, q))
     H, G = q.shape[3], k.shape[3]
@@ -60,44 +80,43 @@ def twin(
         qh = heads_first(q, wide)
         kh = heads_first(attended(k, mask), wide, H)
         vh = heads_first(attended(v, mask), wide, H)
-        kept = np.ones((), bool) if mask is None else mask[:, :, None, None, :]
 
         s = factor * (qh @ kh.swapaxes(-1, -2))
         for name in ("mask_bias", "pair_bias"):
-            if (bias := operands.get(name)) is not None:
+            if (bias := chunk.get(name)) is not None:
                 s = s + bias.astype(wide)
-        s = np.where(kept, rounded(s, step["logits"]), wide.type(-np.inf))
+        s = rounded(s, steps["logits"])
+        if mask is not None:
+            s = np.where(mask[:, :, None, None, :], s, wide.type(-np.inf))
 
-        top = s.max(-1, keepdims=True, initial=-np.inf)
+        top = largest(s)[..., None]
         none_left = top == -np.inf
         e = np.exp(s - np.where(none_left, 0, top))
         total = np.where(none_left, 1, e.sum(-1, keepdims=True))
-        p = rounded(e, step["probabilities"])
+        p = rounded(e, steps["probabilities"])
         o = np.where(none_left, 0, (p @ vh) / total)
         lse = np.where(none_left, -np.inf, top + np.log(total))
 
-        gate = operands.get("gate")
-        opening = np.ones((), wide) if gate is None else sigmoid(heads_first(gate, wide))
+        gate = chunk.get("gate")
+        opening = wide.type(1) if gate is None else sigmoid(heads_first(gate, wide))
         results = {"out": o * opening}
         if gradients:
-            dy = heads_first(operands["dout"], wide)
-            do = rounded(dy * opening, step["cotangent"])
+            dy = heads_first(chunk["dout"], wide)
+            do = rounded(dy * opening, steps["cotangent"])
             p = np.where(none_left, 0, np.exp(s - np.where(none_left, 0, lse)))
             dp = do @ vh.swapaxes(-1, -2)
-            delta = (do * rounded(o, step["output"])).sum(-1, keepdims=True)
+            delta = (do * rounded(o, steps["output"])).sum(-1, keepdims=True)
             ds = np.where(none_left, 0, p * (dp - delta))
-            ds_stored = rounded(ds, step["dlogits"])
-            p_stored = rounded(p, step["probabilities"])
+            ds_stored = rounded(ds, steps["dlogits"])
+            p_stored = rounded(p, steps["probabilities"])
             results["dq"] = factor * (ds_stored @ kh)
             results["dk"] = sum_groups(factor * (ds_stored.swapaxes(-1, -2) @ qh), G)
             results["dv"] = sum_groups(p_stored.swapaxes(-1, -2) @ do, G)
             if gate is not None:
                 results["dgate"] = dy * o * opening * (1 - opening)
         results = {name: x.swapaxes(2, 3) for name, x in results.items()}
-        if gradients and "mask_bias" in operands:
+        if gradients and "mask_bias" in chunk:
             results["dmask_bias"] = ds.sum((2, 3))[:, :, None, None, :]
-        if gradients and "pair_bias" in operands:
+        if gradients and "pair_bias" in chunk:
             results["dpair_bias"] = ds.sum(1, keepdims=True)
-        stored = {name: rounded(x, dtype) for name, x in results.items()}
-        stored["lse"] = rounded(lse[..., 0], result_format("lse", dtype))
-        return {name: x.astype(np.float64) for name, x in stored.items()}
+        return results | {"lse": lse[..., 0]}

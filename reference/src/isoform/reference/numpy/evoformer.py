@@ -44,6 +44,9 @@ and where several query heads share a key/value head, k̅ and v̅ are summed ove
 
 Everything here holds all B·S·H·Q·K logits at once, in float64: the plainest form, to be compared
 against, not to be fast. Rules are numbered in the specification, ``docs/spec/evoformer.md``.
+
+NumPy's functions, given CuPy's arrays, are CuPy's. So no array is made here but from the operands:
+the conformance suite runs these lines on a GPU where a case is too large for a CPU.
 """
 
 from __future__ import annotations
@@ -227,7 +230,7 @@ def _probabilities(
 
     # exp(s − max) cannot overflow. The maximum is a constant to the derivative, so its real part
     # serves for complex steps; where no key is left it is −inf, and 0 stands in for it.
-    top = s.real.max(axis=-1, initial=-np.inf)
+    top = largest(s)
     none_left = no_key_left(top)
     shift = np.where(none_left, 0, top)
     e = np.exp(s - shift[..., None])
@@ -264,7 +267,7 @@ def lse_dtype(q: Array) -> np.dtype[Any]:
 
 def check_cotangent(dout: Array, q: Array) -> None:
     """Raise unless ``dout`` has the shape and the dtype of the output."""
-    if not isinstance(dout, np.ndarray):
+    if not (hasattr(dout, "shape") and hasattr(dout, "dtype")):
         raise TypeError(f"dout must be an array, got {type(dout).__name__}")
     if dout.dtype != q.dtype:
         raise TypeError(f"dout must be {q.dtype}, the dtype of q, got {dout.dtype}")
@@ -274,12 +277,21 @@ def check_cotangent(dout: Array, q: Array) -> None:
 
 def no_key_left(lse: Array) -> Array:
     """Where a running maximum or lse says that no key is left to a query (rule EVO-5)."""
-    return np.asarray(lse.real == -np.inf)
+    none_left: Array = lse.real == -np.inf
+    return none_left
+
+
+def largest(s: Array) -> Array:
+    """The largest logit of every query; −inf where there is no key at all."""
+    if s.shape[-1] == 0:
+        return np.full_like(s.real, -np.inf, shape=s.shape[:-1])
+    top: Array = s.real.max(axis=-1)
+    return top
 
 
 def attended(x: Array, mask: Array | None) -> Array:
     """``x [B, S, K, G, D]`` with zeros for the keys that the mask drops (rule EVO-4)."""
-    return x if mask is None else np.where(mask[..., None, None], x, np.zeros((), x.dtype))
+    return x if mask is None else np.where(mask[..., None, None], x, x.dtype.type(0))
 
 
 def living(x: Array, none_left: Array, compute: np.dtype[Any]) -> Array:
@@ -287,7 +299,7 @@ def living(x: Array, none_left: Array, compute: np.dtype[Any]) -> Array:
 
     Nothing passes through such a query: not even NaN, which 0 times itself would not remove.
     """
-    return np.where(none_left, np.zeros((), compute), heads_first(x, compute))
+    return np.where(none_left, compute.type(0), heads_first(x, compute))
 
 
 def heads_first(x: Array, compute: np.dtype[Any], heads: int | None = None) -> Array:
@@ -302,17 +314,19 @@ def heads_first(x: Array, compute: np.dtype[Any], heads: int | None = None) -> A
 
 def heads_last(x: Array, dtype: np.dtype[Any]) -> Array:
     """``[B, S, H, L, D]`` back to ``[B, S, L, H, D]`` in the operand's dtype, contiguous."""
-    return np.ascontiguousarray(x.swapaxes(2, 3), dtype=dtype)
+    return x.swapaxes(2, 3).astype(dtype, order="C")
 
 
 def sum_groups(dx: Array, groups: int) -> Array:
     """The adjoint of the repetition in :func:`heads_first`: sum over the heads that share one."""
     B, S, H, L, D = dx.shape
-    return np.asarray(dx.reshape(B, S, groups, H // max(groups, 1), L, D).sum(3))
+    summed: Array = dx.reshape(B, S, groups, H // max(groups, 1), L, D).sum(3)
+    return summed
 
 
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(−x)) without overflow, exact to the last digits for x → −∞ too, analytic."""
     positive = x.real >= 0
     e = np.exp(np.where(positive, -x, x))
-    return np.asarray(np.where(positive, 1, e) / (1 + e))
+    opening: Array = np.where(positive, 1, e) / (1 + e)
+    return opening
