@@ -1,0 +1,222 @@
+"""Evoformer attention on an NVIDIA GPU: the front door.
+
+The function, its arguments and its results are those of the reference, for PyTorch's CUDA tensors
+(differentiable, and under ``torch.compile``) and for CuPy's arrays (with an explicit backward;
+PyTorch is not imported). Which kernel runs is no secret: :func:`explain` says it, and why others
+decline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from isoform.kernels import plain
+from isoform.reference.contract import Call, Capabilities, Unsupported, evoformer_call
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to choose: its name and what it declares."""
+
+    name: str
+    capabilities: Capabilities
+
+
+KERNELS = (Kernel("cuda-plain", plain.CAPABILITIES),)
+"""The kernels, the one to be preferred first."""
+
+REMEDIES = {
+    "device cpu": "move the operands to a GPU; on a CPU there is isoform.reference",
+    "dtype float64": "isoform.reference.torch computes in float64 on any device",
+}
+
+
+def evoformer_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    mask_bias: Any = None,
+    pair_bias: Any = None,
+    gate: Any = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> Any:
+    """Evoformer attention: softmax attention with a mask bias, a shared pair bias and a gate.
+
+    Args:
+        q: Queries ``[B, S, Q, H, D]``, float32, float16 or bfloat16, on a GPU: a PyTorch tensor or
+            a CuPy array, as all other operands. Any strides.
+        k: Keys ``[B, S, K, G, D]``; G divides H.
+        v: Values ``[B, S, K, G, D]``.
+        mask: Bool ``[B, S, K]``; True where the key may be attended to.
+        mask_bias: ``[B, S, 1, 1, K]``, added to the logits; −inf allowed.
+        pair_bias: ``[B, 1, H, Q, K]``, added to the logits of every row; −inf allowed.
+        gate: ``[B, S, Q, H, D]``; the output is multiplied by its sigmoid.
+        scale: Factor of the logits; ``D**-0.5`` by default.
+        return_lse: Return the log-sum-exp of the logits too.
+        deterministic: Use only kernels that give equal bits for equal calls, gradients included.
+
+    Returns:
+        ``out [B, S, Q, H, D]`` in q's dtype, and with ``return_lse`` also ``lse [B, S, H, Q]``,
+        float32, natural logarithm, before the gate, without a gradient.
+
+    Raises:
+        TypeError: An operand's dtype is wrong.
+        ValueError: An operand's shape, its device or the scale is wrong.
+        Unsupported: No kernel does this call; the reasons are all of them.
+        isoform.kernels.compiler.CompilerUnavailable: Kernels cannot be compiled on this machine.
+
+    Source:
+        arXiv 2205.14135; docs/spec/evoformer.md.
+    """
+    operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
+    call = evoformer_call(q, k, v, **operands, scale=scale, lse=return_lse, device=device_kind(q))
+    select(call, deterministic=deterministic)
+    factor = call.shape.D**-0.5 if scale is None else float(scale)
+    if _is_torch(q):
+        from isoform.kernels import torch_op
+
+        out, lse = torch_op.attention(q, k, v, mask, mask_bias, pair_bias, gate, factor)
+    else:
+        from isoform.kernels import cupy_arrays
+
+        present = _present(q, k, v, operands)
+        out, lse = cupy_arrays.forward(call, present, factor, return_lse=return_lse)
+    return (out, lse) if return_lse else out
+
+
+def evoformer_attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    mask_bias: Any = None,
+    pair_bias: Any = None,
+    gate: Any = None,
+    scale: float | None = None,
+    deterministic: bool = False,
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """The gradients of :func:`evoformer_attention` for CuPy arrays; PyTorch has autograd.
+
+    Args:
+        dout: Gradient of the loss by ``out``, ``[B, S, Q, H, D]``.
+        q, k, v, mask, mask_bias, pair_bias, gate, scale, deterministic: As in the forward.
+
+    Returns:
+        ``dq, dk, dv, dmask_bias, dpair_bias, dgate``, each in the shape and dtype of its operand,
+        None where the operand is absent.
+
+    Raises:
+        TypeError: As in the forward; dout is not in q's dtype; the operands are tensors of PyTorch.
+        ValueError: As in the forward; dout is not in the shape of the output or not on its device.
+        Unsupported: As in the forward.
+    """
+    if _is_torch(q):
+        raise TypeError("q is a PyTorch tensor: its gradients come from autograd, call backward()")
+    operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
+    call = evoformer_call(q, k, v, **operands, scale=scale, device=device_kind(q))
+    _check_cotangent(dout, q)
+    select(call, deterministic=deterministic)
+    from isoform.kernels import cupy_arrays
+
+    factor = call.shape.D**-0.5 if scale is None else float(scale)
+    return cupy_arrays.backward(call, dout, _present(q, k, v, operands), factor)
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    mask_bias: Any = None,
+    pair_bias: Any = None,
+    gate: Any = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> dict[str, tuple[str, ...]]:
+    """Which kernel :func:`evoformer_attention` would run for this call, and why others decline.
+
+    Args:
+        q, k, v, mask, mask_bias, pair_bias, gate, scale, return_lse, deterministic: As in
+            :func:`evoformer_attention`.
+
+    Returns:
+        By the name of each kernel, every reason why it declines. The first that has none runs.
+
+    Raises:
+        TypeError, ValueError: The call is wrong.
+    """
+    operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
+    call = evoformer_call(q, k, v, **operands, scale=scale, lse=return_lse, device=device_kind(q))
+    return {kernel.name: _reasons(kernel, call, deterministic) for kernel in KERNELS}
+
+
+def select(call: Call, *, deterministic: bool = False) -> Kernel:
+    """The kernel for ``call``.
+
+    Raises:
+        Unsupported: There is none.
+    """
+    reasons: list[str] = []
+    for kernel in KERNELS:
+        declined = _reasons(kernel, call, deterministic)
+        if not declined:
+            return kernel
+        reasons += [f"{kernel.name}: {reason}" for reason in declined]
+    raise Unsupported(reasons, "isoform.kernels")
+
+
+def device_kind(x: Any) -> str:
+    """``"cuda"`` for what lies on a GPU, ``"cpu"`` for the rest."""
+    if _is_torch(x):
+        return str(x.device.type)
+    return "cuda" if _is_of("cupy", x) else "cpu"
+
+
+def _reasons(kernel: Kernel, call: Call, deterministic: bool) -> tuple[str, ...]:
+    """Why ``kernel`` declines ``call``, with what can be done about it."""
+    reasons = [_with_remedy(reason) for reason in kernel.capabilities.unsupported_reasons(call)]
+    if deterministic and not kernel.capabilities.deterministic:
+        reasons.append("deterministic=True")
+    return tuple(reasons)
+
+
+def _with_remedy(reason: str) -> str:
+    for what, remedy in REMEDIES.items():
+        if reason.startswith(what):
+            return f"{reason}: {remedy}"
+    return reason
+
+
+def _present(q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> dict[str, Any]:
+    return {"q": q, "k": k, "v": v} | {name: x for name, x in operands.items() if x is not None}
+
+
+def _is_torch(x: Any) -> bool:
+    return _is_of("torch", x)
+
+
+def _is_of(library: str, x: Any) -> bool:
+    """Whether ``x`` is an array of ``library`` or of a class made from one. Imports neither."""
+    return any(base.__module__.partition(".")[0] == library for base in type(x).__mro__)
+
+
+def _check_cotangent(dout: Any, q: Any) -> None:
+    """Raise unless ``dout`` has the shape, the dtype and the device of the output."""
+    if not (hasattr(dout, "shape") and hasattr(dout, "dtype")):
+        raise TypeError(f"dout must be an array, got {type(dout).__name__}")
+    if dout.dtype != q.dtype:
+        raise TypeError(f"dout must be {q.dtype}, the dtype of q, got {dout.dtype}")
+    if dout.shape != q.shape:
+        raise ValueError(f"dout must have the shape of q {q.shape}, got {dout.shape}")
+    if str(getattr(dout, "device", "cpu")) != str(getattr(q, "device", "cpu")):
+        raise ValueError(f"dout is on {dout.device}, but q is on {q.device}")

@@ -1,0 +1,179 @@
+"""Every variant of every kernel compiles for every architecture, and takes no more than recorded.
+
+These need NVRTC and the CUDA headers (``isoform[cuda13]``), neither a GPU nor a driver: ``nox -s
+compile`` installs them. Where they are missing the tests fail, they do not skip.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from isoform.kernels import compiler, gate
+from isoform.kernels.compiler import CompileError
+from isoform.kernels.gate import Variant
+
+pytestmark = pytest.mark.nvrtc
+
+RECORD = Path(__file__).parents[1] / "compile_gate.jsonl"
+VARIANTS = gate.variants()
+ANEW = f"python -m isoform.kernels.gate {RECORD.relative_to(Path(__file__).parents[2])}"
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """The recorded figures, if they are of this compiler."""
+    version, figures = gate.read(RECORD)
+    assert version == gate.compiler_version(), (
+        f"recorded with NVRTC {version}, this is {gate.compiler_version()}: "
+        f"install that one (ci/constraints.txt), or record anew: {ANEW}"
+    )
+    return figures
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variant(variant, recorded):
+    compiled = variant.compile()
+    assert compiled.cubin.startswith(b"\x7fELF")
+    assert compiler.warnings(compiled.log) == []
+    said = gate.complaints(str(variant), compiler.resources(compiled.log), recorded)
+    assert not said, "\n".join([*said, f"if that is meant: {ANEW}"])
+
+
+def test_nothing_is_recorded_that_is_not_compiled(recorded):
+    assert recorded.keys() == {str(variant) for variant in VARIANTS}, f"record anew: {ANEW}"
+
+
+# --- The compiler itself, on small kernels --------------------------------------------------------
+
+SCALE = """\
+#include "scale.cuh"
+#include <cuda/std/cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+extern "C" __global__ void scale(Arguments arguments) {
+    __shared__ float tile[128];
+    const cuda::std::int64_t i = cuda::std::int64_t(blockIdx.x) * 128 + threadIdx.x;
+    tile[threadIdx.x] = __bfloat162float(__float2bfloat16(arguments.x[i]));
+    __syncthreads();
+    arguments.x[i] = FACTOR * tile[127 - threadIdx.x];
+}
+"""
+
+SCALE_HEADER = "struct Arguments { float* x; };\n"
+
+# Eighty running products in however many registers the launch bounds leave.
+PRODUCTS = """\
+extern "C" __global__ void __launch_bounds__(1024, BLOCKS) products(float* x) {
+    float kept[80];
+#pragma unroll
+    for (int i = 0; i < 80; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+#pragma unroll 1
+    for (int round = 0; round < 100; ++round) {
+#pragma unroll
+        for (int i = 0; i < 80; ++i) kept[i] = kept[i] * kept[(i + 7) % 80] + x[round];
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 80; ++i) x[i * 1024 + threadIdx.x] = kept[i];
+}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with small kernels, and a cache of their own."""
+    (tmp_path / "scale.cu").write_text(SCALE)
+    (tmp_path / "scale.cuh").write_text(SCALE_HEADER)
+    (tmp_path / "products.cu").write_text(PRODUCTS)
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    monkeypatch.setenv("ISOFORM_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def scale(architecture="sm_80", factor="2.0f"):
+    return compiler.compile_source("scale", architecture=architecture, defines={"FACTOR": factor})
+
+
+@pytest.mark.parametrize("architecture", [*gate.ARCHITECTURES, "sm_75", "sm_90a", "sm_100a"])
+def test_a_kernel_compiles_without_a_gpu(folder, architecture):
+    compiled = scale(architecture)
+    assert compiled.cubin.startswith(b"\x7fELF")
+    taken = compiler.resources(compiled.log)["scale"]
+    assert taken.registers > 0
+    assert taken.shared_bytes >= 512  # newer architectures keep some for themselves
+    assert taken.spill_stores == taken.spill_loads == taken.stack_bytes == 0
+
+
+def test_an_error_names_file_and_line(folder):
+    (folder / "scale.cuh").write_text(SCALE_HEADER + "float wrong = nothing;\n")
+    with pytest.raises(CompileError, match=r'scale\.cuh\(2\): error: identifier "nothing"'):
+        scale()
+
+
+def test_errors_of_the_assembler_are_errors(folder):
+    (folder / "scale.cu").write_text(SCALE.replace("tile[128]", "tile[20000]"))
+    with pytest.raises(CompileError, match=r"too much shared data"):
+        scale()
+
+
+def test_line_info_is_there_when_asked_for(folder, monkeypatch):
+    monkeypatch.delenv("ISOFORM_LINEINFO", raising=False)
+    assert b".debug_line" not in scale().cubin
+    monkeypatch.setenv("ISOFORM_LINEINFO", "1")
+    assert b".debug_line" in scale().cubin
+
+
+def test_the_gate_sees_a_spill(folder):
+    """The same kernel with fewer registers to work with."""
+    roomy, tight = (Variant("products", {"BLOCKS": blocks}, "sm_90") for blocks in (1, 2))
+    figures = gate.measure([roomy, tight])
+    now = figures[str(tight)]
+    assert now["products"].spill_stores > figures[str(roomy)]["products"].spill_stores
+    said = gate.complaints(str(roomy), now, figures)
+    assert any("products has spill_stores" in line for line in said)
+    assert gate.complaints(str(tight), now, figures) == []
+
+
+def test_a_source_without_a_kernel_is_not_recorded(folder):
+    (folder / "scale.cu").write_text("")
+    with pytest.raises(ValueError, match="no kernels in scale FACTOR=1 sm_80"):
+        gate.measure([Variant("scale", {"FACTOR": 1}, "sm_80")])
+
+
+PROCESS = """
+import sys, time
+from pathlib import Path
+from isoform.kernels import compiler
+
+compiler.SOURCES = Path(sys.argv[1])
+started = time.perf_counter()
+file = compiler.cached("scale", architecture="sm_90", defines={"FACTOR": "3.0f"})
+print(time.perf_counter() - started, file)
+"""
+
+
+def process(folder):
+    """Another interpreter that wants the same kernel."""
+    command = [sys.executable, "-c", PROCESS, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_second_process_does_not_compile(folder):
+    """From a bare interpreter to the file that the driver loads: at most half a second."""
+
+    def run():
+        seconds, file = process(folder).communicate(timeout=60)[0].split()
+        return float(seconds), Path(file).stat().st_ino
+
+    (_, written), *later = [run() for _ in range(3)]
+    assert [inode for _, inode in later] == [written] * 2
+    assert min(seconds for seconds, _ in later) < 0.5
+
+
+def test_processes_may_compile_the_same_at_once(folder):
+    answers = [each.communicate(timeout=60)[0] for each in [process(folder) for _ in range(4)]]
+    files = {Path(answer.split()[1]) for answer in answers}
+    assert files == set(compiler.cache_folder().iterdir())

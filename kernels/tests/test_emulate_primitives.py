@@ -1,0 +1,127 @@
+"""The emulated tensor-core and copy instructions, against NumPy."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isoform.kernels.emulate import HostCompilerUnavailable, KernelFault, build, host_compiler
+
+try:
+    host_compiler()
+except HostCompilerUnavailable as missing:
+    pytest.skip(f"not run: {missing}", allow_module_level=True)
+
+PRELUDE = """
+#include "emulated_primitives.h"
+
+struct Arguments {
+    const void *a, *b;
+    float* c;
+};
+#define KERNEL(name) extern "C" __global__ void name(const Arguments arguments)
+"""
+
+# One warp multiplies A [16, 16] with B [16, 8], as a kernel would: through shared memory, the
+# fragments of A and B read by ldmatrix, those of B transposed on the way.
+MULTIPLY = """
+KERNEL(multiply) {
+    __shared__ __align__(16) ELEMENT a[16][16];
+    __shared__ __align__(16) ELEMENT b[16][8];
+    const int lane = threadIdx.x, group = lane / 4, pair = lane % 4 * 2;
+    cp_async_16(&a[lane / 2][lane % 2 * 8], static_cast<const ELEMENT*>(arguments.a) + lane * 8);
+    if (lane < 16) {
+        cp_async_16(&b[lane][0], static_cast<const ELEMENT*>(arguments.b) + lane * 8);
+    }
+    cp_async_commit();
+    WAIT
+    __syncthreads();
+    unsigned fragments_a[4], matrices[4];
+    ldmatrix_x4(fragments_a, &a[lane % 16][lane / 16 * 8]);
+    ldmatrix_x4_trans(matrices, &b[lane % 16][0]);
+    const unsigned fragments_b[2] = {matrices[0], matrices[1]};
+    float* c = arguments.c;
+    float sums[4] = {c[8 * group + pair], c[8 * group + pair + 1], c[8 * (group + 8) + pair],
+                     c[8 * (group + 8) + pair + 1]};
+    mma_m16n8k16<ELEMENT>(sums, fragments_a, fragments_b);
+    c[8 * group + pair] = sums[0];
+    c[8 * group + pair + 1] = sums[1];
+    c[8 * (group + 8) + pair] = sums[2];
+    c[8 * (group + 8) + pair + 1] = sums[3];
+}
+"""
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("c", ctypes.c_void_p))
+
+
+def run(folder: Path, source: str, kernel: str, *arrays: Any, **defines: str) -> None:
+    """Build in ``folder`` and launch one warp."""
+    (folder / "kernel.cu").write_text(PRELUDE + source)
+    addresses = [array.ctypes.data for array in arrays]
+    program = build("kernel", folder=folder, defines=defines)
+    program.launch(kernel, grid=(1,), block=(32,), arguments=bytes(Arguments(*addresses)))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISOFORM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize("element", ["__half", "__nv_bfloat16"])
+def test_a_warp_multiplies_matrices(tmp_path: Path, element: str) -> None:
+    if element == "__half":
+        dtype: Any = np.float16
+    else:
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    rng = np.random.default_rng(0)
+    # small integers: every sum is exact, so the result is the product bit by bit
+    a, b, c = (rng.integers(-8, 9, shape) for shape in ((16, 16), (16, 8), (16, 8)))
+    sums = c.astype(np.float32)
+    run(tmp_path, MULTIPLY, "multiply", a.astype(dtype), b.astype(dtype), sums,
+        ELEMENT=element, WAIT="cp_async_wait<0>();")  # fmt: skip
+    np.testing.assert_array_equal(sums, a @ b + c)
+
+
+def test_a_copy_that_nobody_waits_for_has_not_arrived(tmp_path: Path) -> None:
+    a, b = np.ones((16, 16), np.float16), np.ones((16, 8), np.float16)
+    for wait in ("", "cp_async_wait<1>();"):
+        sums = np.zeros((16, 8), np.float32)
+        run(tmp_path, MULTIPLY, "multiply", a, b, sums, ELEMENT="__half", WAIT=wait)
+        assert np.isnan(sums).all()
+
+
+def test_groups_of_copies_arrive_in_turn(tmp_path: Path) -> None:
+    source = """
+    KERNEL(groups) {
+        __shared__ __align__(16) float parts[32][3][4];
+        float(*mine)[4] = parts[threadIdx.x];
+        for (int i = 0; i < 3; ++i) {
+            cp_async_16(mine[i], static_cast<const float*>(arguments.a) + 4 * i, i != 1);
+            cp_async_commit();
+        }
+        cp_async_wait<1>();
+        for (int i = 0; i < 3; ++i) {
+            arguments.c[3 * threadIdx.x + i] = mine[i][3];
+        }
+    }"""
+    numbers, found = np.arange(1, 13, dtype=np.float32), np.zeros((32, 3), np.float32)
+    run(tmp_path, source, "groups", numbers, numbers, found)
+    assert (found[:, :2] == [4, 0]).all()
+    assert np.isnan(found[:, 2]).all()
+
+
+@pytest.mark.parametrize(
+    "call", ["cp_async_16(arguments.c, arguments.c + 1);", "ldmatrix_x4(r, arguments.c + 1);"]
+)
+def test_addresses_are_aligned(tmp_path: Path, call: str) -> None:
+    numbers = np.zeros(64, np.float32)
+    numbers = numbers[-(numbers.ctypes.data // 4) % 4 :]
+    source = f"KERNEL(crooked) {{ unsigned r[4]; (void)r; {call} }}"
+    with pytest.raises(KernelFault, match=r"multiple of 16 bytes"):
+        run(tmp_path, source, "crooked", numbers, numbers, numbers)

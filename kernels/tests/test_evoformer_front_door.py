@@ -1,0 +1,112 @@
+"""Without a GPU: what the front doors refuse, and how; what is asked of the kernels behind them."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from isoform.kernels import evoformer, evoformer_attention, evoformer_attention_backward, explain
+from isoform.kernels.deepspeed import DS4Sci_EvoformerAttention
+from isoform.reference.contract import Unsupported, evoformer_call
+
+
+def operands(dtype="float32", **sizes):
+    shape = dict(zip("BSQKHGD", (1, 2, 3, 4, 2, 1, 5), strict=True)) | sizes
+    B, S, Q, K, H, G, D = shape.values()
+    return {
+        "q": np.ones((B, S, Q, H, D), dtype),
+        "k": np.ones((B, S, K, G, D), dtype),
+        "v": np.ones((B, S, K, G, D), dtype),
+    }
+
+
+def test_importing_it_imports_neither_torch_nor_cupy():
+    code = (
+        "import sys, isoform.kernels, isoform.kernels.deepspeed;"
+        "sys.exit(bool({'torch', 'cupy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_on_a_cpu_is_declined_with_the_remedy():
+    with pytest.raises(Unsupported, match=r"device cpu.*move the operands to a GPU"):
+        evoformer_attention(**operands())
+
+
+def test_every_reason_is_given():
+    with pytest.raises(Unsupported) as raised:
+        evoformer_attention(**operands("float64", D=300))
+    text = " ".join(raised.value.reasons)
+    for reason in ("device cpu", "dtype float64", "head dim D=300"):
+        assert reason in text
+
+
+def test_a_wrong_call_is_wrong_before_it_is_unsupported():
+    with pytest.raises(ValueError, match="k must have D=5"):
+        evoformer_attention(**operands() | {"k": np.ones((1, 2, 4, 1, 6), "f4")})
+    with pytest.raises(TypeError, match="v must be an array"):
+        explain(**operands() | {"v": None})
+
+
+def test_the_backward_checks_its_cotangent_first():
+    with pytest.raises(ValueError, match="dout must have the shape of q"):
+        evoformer_attention_backward(np.ones((1, 2, 3, 2, 4), "f4"), **operands())
+    with pytest.raises(TypeError, match="dout must be float32"):
+        evoformer_attention_backward(np.ones((1, 2, 3, 2, 5), "f8"), **operands())
+    with pytest.raises(TypeError, match="dout must be an array, got NoneType"):
+        evoformer_attention_backward(None, **operands())
+    with pytest.raises(Unsupported, match="device cpu"):
+        evoformer_attention_backward(np.ones((1, 2, 3, 2, 5), "f4"), **operands())
+
+
+def test_explain_names_each_kernel_and_why_it_declines():
+    explained = explain(**operands())
+    assert list(explained) == ["cuda-plain"]
+    assert "device cpu" in explained["cuda-plain"][0]
+
+
+def test_a_call_on_a_gpu_is_given_to_the_plain_kernel():
+    call = evoformer_call(**operands(), device="cuda")
+    assert evoformer.select(call, deterministic=True).name == "cuda-plain"
+
+
+class Recorded(Exception):
+    """What a call was made with."""
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    def record(*arguments, **named):
+        raise Recorded(arguments, named)
+
+    monkeypatch.setattr("isoform.kernels.deepspeed.evoformer_attention", record)
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_deepspeeds_conventions(recorded, leading):
+    N, L, H, D = 3, 5, 2, 4
+    Q, K, V = (np.zeros((*leading, N, L, H, D)) for _ in "QKV")
+    biases = [np.zeros((*leading, N, 1, 1, L)), np.zeros((*leading, 1, H, L, L))]
+    with pytest.raises(Recorded) as raised:
+        DS4Sci_EvoformerAttention(Q, K, V, biases)
+    arguments, named = raised.value.args
+    B = int(np.prod(leading))
+    assert [x.shape for x in arguments] == [(B, N, L, H, D)] * 3
+    assert named["mask_bias"].shape == (B, N, 1, 1, L)
+    assert named["pair_bias"].shape == (B, 1, H, L, L)
+
+
+@pytest.mark.parametrize("biases", [[], [None], [None, None]])
+def test_deepspeeds_biases_may_be_missing(recorded, biases):
+    with pytest.raises(Recorded) as raised:
+        DS4Sci_EvoformerAttention(*(np.zeros((1, 3, 5, 2, 4)) for _ in "QKV"), biases)
+    assert raised.value.args[1] == {"mask_bias": None, "pair_bias": None}
+
+
+def test_deepspeeds_wrong_calls_are_named():
+    three = [np.zeros((1, 3, 5, 2, 4)) for _ in "QKV"]
+    with pytest.raises(ValueError, match="biases must be at most 2, got 3"):
+        DS4Sci_EvoformerAttention(*three, [None] * 3)
+    with pytest.raises(ValueError, match="K must be"):
+        DS4Sci_EvoformerAttention(three[0], np.zeros((2, 4)), three[2], [])
