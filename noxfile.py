@@ -45,12 +45,13 @@ def pytest(session: nox.Session, *args: str) -> None:
 
 
 def judge(session: nox.Session, mark: str) -> None:
-    """Run the conformance suite's checks of one kind on every implementation we register.
+    """Run the conformance suite's checks of one kind on every implementation that needs no GPU.
 
     One environment serves them all. An ``--impl`` of the caller replaces ours.
     """
     install(session, "torch", "conformance", groups="test")
-    ours = PROJECT["project"]["entry-points"]["isoform.implementations"]
+    registered = PROJECT["project"]["entry-points"]["isoform.implementations"]
+    ours = [name for name in registered if not name.startswith("cuda")]  # a GPU, or minutes
     chosen = any(arg.startswith("--impl") for arg in session.posargs)
     pytest(
         session,
@@ -80,6 +81,25 @@ def tests(session: nox.Session) -> None:
     """Each component's own tests."""
     install(session, "torch", "conformance", "demo", groups="test")
     pytest(session)
+
+
+@nox.session(name="compile", default=False)
+def compile_gate(session: nox.Session) -> None:
+    """Every kernel as machine code for every architecture, no dearer than recorded. No GPU."""
+    install(session, "cuda13", groups="test")
+    pytest(session, "-m", "nvrtc", "kernels/tests/test_compile_gate.py")
+
+
+@nox.session(default=False)
+def emulate(session: nox.Session) -> None:
+    """The CUDA kernels run on the processor: the quick cases, the smaller ones under sanitizers."""
+    install(session, "conformance", groups="test")
+    session.run("python", "-m", "isoform.kernels.emulate")  # says what it cannot see
+    suite = ("-p", "isoform.conformance.plugin", "--pyargs", "isoform.conformance.suite")
+    asked = (*suite, "--impl=cuda-emulated", "--tag=quick")
+    pytest(session, *asked)
+    sanitized = ("python", "-m", "isoform.kernels.emulate.sanitized", "-m", "pytest", "-n2")
+    session.run(*sanitized, *asked, "-k", "not small and not memory", *session.posargs)
 
 
 @nox.session

@@ -12,12 +12,12 @@ unset UV_FIND_LINKS
 
 # ml-dtypes: 0.6 needs NumPy 2, and `nox -s minimums` runs with these pins on NumPy 1.26.
 # sympy: torch takes any since 1.13, and uv would take a pre-release for the newest mpmath's sake.
-printf '%s\n' 'torch<2.14' 'ml-dtypes<0.6' 'sympy>=1.14' |
+printf '%s\n' 'torch<2.14' 'nvidia-cuda-nvrtc==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' 'ml-dtypes<0.6' 'sympy>=1.14' |
     uv pip compile pyproject.toml --quiet --no-annotate --custom-compile-command ci/pin.sh \
         --universal --fork-strategy fewest --python-version 3.11 \
-        --extra torch --extra mpi --extra conformance --extra demo \
+        --extra torch --extra cuda13 --extra mpi --extra conformance --extra demo \
         --group lint --group types --group test --group docs --group build \
         --constraint - --output-file ci/constraints.txt "$@"
 
-sed -i.bak -E '/^(cuda-|nvidia-|triton)/d' ci/constraints.txt
+sed -i.bak -E '/^(cuda-pathfinder|nvidia-cuda-(nvrtc|runtime|crt|cccl))==/b; /^(cuda-|nvidia-|triton)/d' ci/constraints.txt
 rm ci/constraints.txt.bak

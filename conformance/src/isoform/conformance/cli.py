@@ -267,11 +267,11 @@ def _load(name: str, framework: str) -> Implementation:
 
 
 def _implementations(
-    names: Sequence[str], framework: str
+    names: Sequence[str], framework: str, device: str
 ) -> tuple[list[Implementation], dict[str, str]]:
     """All that are named, each once, and where those were found that are not registered.
 
-    With no names, all that are registered and can run here.
+    With no names, all that are registered and can run on this device.
     """
     from isoform.conformance.registry import registered
 
@@ -280,7 +280,7 @@ def _implementations(
         for name in registered():
             if isinstance(found := _find(name, framework), str):
                 _say(f"not judged: {found}")
-            else:
+            elif device in found.capabilities.devices:
                 there.append(found)
         return there, {}
     loaded = {name: _load(name, framework) for name in dict.fromkeys(names)}
@@ -583,7 +583,7 @@ def check(
         for length in MEMORY_LENGTHS
     }
     cases, once = _cases(case, tag, dtype, sorted(invalid | memory))
-    chosen, sources = _implementations([*(names or ()), *(impl or ())], framework)
+    chosen, sources = _implementations([*(names or ()), *(impl or ())], framework, device)
     architecture = _architecture(device)
 
     interrupted = False
@@ -778,7 +778,7 @@ def replay(
         most = len(cases(file)) + 1
     except ValueError as problem:
         _fail(str(problem))
-    chosen, sources = _implementations(impl or (), framework)
+    chosen, sources = _implementations(impl or (), framework, device)
     architecture = _architecture(device)
     interrupted = False
     try:
