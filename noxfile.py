@@ -23,6 +23,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 PROJECT = nox.project.load_toml("pyproject.toml")
 PINS = Path("ci/constraints.txt")
 COMPONENTS = ("reference", "kernels", "parallel", "conformance")
+EMULATED = "isoform.conformance.implementations.emulated:CUDA_EMULATED"
 QUICK_CASE = "evoformer/length-17/fp32/all-operands"
 OLDEST_PYTHON = next(
     (v for v in nox.project.python_versions(PROJECT) if shutil.which(f"python{v}")), None
@@ -51,7 +52,7 @@ def judge(session: nox.Session, mark: str) -> None:
     """
     install(session, "torch", "conformance", groups="test")
     registered = PROJECT["project"]["entry-points"]["isoform.implementations"]
-    ours = [name for name in registered if not name.startswith("cuda")]  # a GPU, or minutes
+    ours = [name for name in registered if not name.startswith("cuda")]  # it needs a GPU
     chosen = any(arg.startswith("--impl") for arg in session.posargs)
     pytest(
         session,
@@ -96,7 +97,7 @@ def emulate(session: nox.Session) -> None:
     install(session, "conformance", groups="test")
     session.run("python", "-m", "isoform.kernels.emulate")  # says what it cannot see
     suite = ("-p", "isoform.conformance.plugin", "--pyargs", "isoform.conformance.suite")
-    asked = (*suite, "--impl=cuda-emulated", "--tag=quick")
+    asked = (*suite, f"--impl={EMULATED}", "--tag=quick")
     pytest(session, *asked)
     sanitized = ("python", "-m", "isoform.kernels.emulate.sanitized", "-m", "pytest", "-n2")
     session.run(*sanitized, *asked, "-k", "not small and not memory", *session.posargs)
