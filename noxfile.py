@@ -84,7 +84,7 @@ def tests(session: nox.Session) -> None:
     pytest(session)
 
 
-@nox.session(name="compile", default=False)
+@nox.session(name="compile")
 def compile_gate(session: nox.Session) -> None:
     """Every kernel as machine code for every architecture, no dearer than recorded. No GPU."""
     install(session, "cuda13", groups="test")
