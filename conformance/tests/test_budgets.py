@@ -20,9 +20,7 @@ def test_calibration_is_not_stale(operation: str) -> None:
     assert calibration(operation)["cases_version"] == CASES_VERSION
 
 
-def test_digest_follows_what_it_depends_on(
-    tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digest_follows_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest()
     monkeypatch.setattr(budgets, "DEPENDS_ON", budgets.DEPENDS_ON[1:])
     assert digest() != before

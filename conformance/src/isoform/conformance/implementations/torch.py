@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from isoform.conformance.implementation import Implementation
 from isoform.reference.contract import Arithmetic, Capabilities, evoformer_call
 from isoform.reference.torch import evoformer_attention, evoformer_attention_tiled
+from isoform.reference.torch.evoformer import attended
 
 NAME = "evoformer_attention"
 DEVICES = frozenset({"cpu", "cuda"})
@@ -82,8 +83,8 @@ def sdpa(
         additive = additive.reshape(B * S, H, Q, K)
     out = torch.nn.functional.scaled_dot_product_attention(
         q.reshape(B * S, Q, H, D).transpose(1, 2),
-        _attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
-        _attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
+        attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
+        attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
         attn_mask=additive,
         scale=None if scale is None else float(scale),
         enable_gqa=G != H,
@@ -141,8 +142,8 @@ def flex(
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         out, aux = flex_attention(
             q.reshape(B * S, Q, H, D).transpose(1, 2),
-            _attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
-            _attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
+            attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
+            attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
             score_mod=score,
             scale=None if scale is None else float(scale),
             enable_gqa=G != H,
@@ -176,10 +177,6 @@ def _require(
         gradients=[key for key, x in named.items() if isinstance(x, Tensor) and x.requires_grad],
     )
     capabilities.require(call, name)
-
-
-def _attended(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where(mask[..., None, None], x, torch.zeros_like(x))
 
 
 def _gated(out: Tensor, gate: Tensor | None) -> Tensor:

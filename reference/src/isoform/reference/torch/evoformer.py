@@ -64,8 +64,8 @@ def evoformer_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
     qh = _heads_first(q, wide)
-    kh = _heads_first(_attended(k, mask), wide, q.shape[3])
-    vh = _heads_first(_attended(v, mask), wide, q.shape[3])
+    kh = _heads_first(attended(k, mask), wide, q.shape[3])
+    vh = _heads_first(attended(v, mask), wide, q.shape[3])
 
     s = scale * (qh @ kh.transpose(-1, -2))
     if mask_bias is not None:
@@ -217,7 +217,7 @@ def _shifted_exp(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return e.masked_fill(none_left[..., None], 0.0), shift, none_left  # no gradient either (EVO-5)
 
 
-def _attended(x: Tensor, mask: Tensor | None) -> Tensor:
+def attended(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x [B, S, K, G, D]`` with zeros for the keys that the mask drops (rule EVO-4)."""
     return x if mask is None else torch.where(mask[..., None, None], x, torch.zeros_like(x))
 
