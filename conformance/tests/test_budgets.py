@@ -9,26 +9,36 @@ import pytest
 from isoform.conformance import budgets
 from isoform.conformance.budgets import budget, calibration, digest
 from isoform.conformance.case import CASES_VERSION
+from isoform.conformance.operation import Operation
 from isoform.conformance.operations import CASES, OPERATIONS
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_calibration_is_not_stale(operation: str) -> None:
-    assert calibration(operation)["devices"]["cpu"]["digest"] == digest(), (
+    assert calibration(operation)["devices"]["cpu"]["digest"] == digest(OPERATIONS[operation]), (
         "what the budgets were measured with has changed: run 'isoform calibrate'"
     )
     assert calibration(operation)["cases_version"] == CASES_VERSION
 
 
-def test_digest_follows_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = digest()
-    monkeypatch.setattr(budgets, "DEPENDS_ON", budgets.DEPENDS_ON[1:])
-    assert digest() != before
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("part", ["DEPENDS_ON", "OF_THE_OPERATION"])
+def test_digest_follows_what_it_depends_on(
+    monkeypatch: pytest.MonkeyPatch, operation: Operation, part: str
+) -> None:
+    before = digest(operation)
+    monkeypatch.setattr(budgets, part, getattr(budgets, part)[1:])
+    assert digest(operation) != before
+
+
+def test_every_operation_has_a_digest_of_its_own() -> None:
+    assert len({digest(operation) for operation in OPERATIONS.values()}) == len(OPERATIONS)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_result_of_every_dtype_has_a_budget(operation: str) -> None:
-    results = {"out", "lse"} | {f"d{name}" for name in OPERATIONS[operation].differentiable}
+    signature = OPERATIONS[operation].signature
+    results = {*signature.results, *(f"d{name}" for name in signature.differentiable)}
     for dtype in {case.dtype for case in CASES.values() if case.operation == operation}:
         for result in results:
             limits = budget(operation, dtype, result)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from isoform.conformance import expected, registry
 from isoform.conformance.cli import app
-from isoform.conformance.operations import CASES
+from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.run import Run
 from isoform.conformance.verdicts import Verdict
 
@@ -459,7 +459,12 @@ def test_list_shows_what_is_there_and_what_is_missing(
     assert re.search(r"✗ absent +needs a_module_that_is_not_there: install it with", result.stdout)
 
     found = json.loads(run("list", "--json").stdout)
-    assert found["here"]["capabilities"]["dtypes"] == ["bfloat16", "float16", "float32", "float64"]
+    assert found["here"]["capabilities"]["evoformer_attention"]["dtypes"] == [
+        "bfloat16",
+        "float16",
+        "float32",
+        "float64",
+    ]
     assert found["absent"]["available"] is found["broken"]["available"] is False
 
     judged = run("check", "--case", CASE)
@@ -485,6 +490,64 @@ def test_list_capabilities() -> None:
     result = run("list", NUMPY, "--capabilities")
     assert "memory" in result.stdout
     assert "q, k, v, mask_bias, pair_bias, gate" in " ".join(result.stdout.split())
+
+
+def test_list_shows_each_operation() -> None:
+    words = " ".join(run("list", NUMPY).stdout.split())
+    assert "evoformer_attention" in words
+    assert "rotary_embedding" in words
+    declared = " ".join(run("list", NUMPY, "--capabilities").stdout.split())
+    assert "scaling=yarn" in declared
+    found = json.loads(run("list", NUMPY, "--json").stdout)
+    (entry,) = found.values()
+    assert entry["capabilities"].keys() >= {"evoformer_attention", "rotary_embedding"}
+
+
+def test_the_arguments_of_cases_are_listed() -> None:
+    found = json.loads(run("list", "--case", "rotary/scaling/fp32/yarn", "--json").stdout)
+    (case,) = found
+    assert case["options"]["scaling"].startswith("YaRN(factor=16.0, original_length=4096")
+    assert case["shape"] == {"B": 2, "L": 96, "H": 2, "D": 64}
+
+
+def test_checks_of_one_operation(here: Path) -> None:
+    result = run("check", NUMPY, "--case", "rotary/length-*", "--json")
+    assert result.exit_code == 0, result.output
+    outcomes = json.loads(result.stdout)["outcomes"]
+    assert {outcome["case"].split("/")[0] for outcome in outcomes} == {"rotary"}
+    wrong = run("check", NUMPY, "--case", "rotary/invalid/fp32/probe", "--json")
+    outcomes = json.loads(wrong.stdout)["outcomes"]
+    assert {outcome["case"] for outcome in outcomes} == {"rotary/invalid/fp32/probe"}
+    assert any(outcome["check"].startswith("invalid/positions") for outcome in outcomes)
+
+
+def test_which_operation_a_function_is_can_be_said(here: Path) -> None:
+    """The command that shows a failure again says it too."""
+    (here / "flat.py").write_text("def attention(q, k, v, *, causal=False):\n    return q * 0\n")
+    chosen = ("check", "--impl", "flat:attention", "--framework", "numpy", "--json", "run.json")
+    wrong = run(*chosen, "--operation", "attention", "--case", "attention/length-1/fp32/causal")
+    assert wrong.exit_code == 1, wrong.output
+    assert "--operation attention" in " ".join(wrong.output.split())
+    (declared,) = json.loads((here / "run.json").read_text())["capabilities"].values()
+    assert declared["attention"]["operands"] == ["causal"]
+
+    unknown = run(*chosen, "--operation", "attn")
+    assert unknown.exit_code == 2
+    assert "no operation 'attn'. Did you mean attention?" in unknown.stderr
+
+
+def test_a_function_that_turns_is_known_by_its_operands(here: Path) -> None:
+    (here / "turns.py").write_text(
+        "from isoform.reference.numpy import rotary_embedding\n"
+        "def turn(x, positions, *, base=10000.0):\n"
+        "    return rotary_embedding(x, positions, base=base)\n"
+    )
+    chosen = ("--impl", "turns:turn", "--framework", "numpy", "--group", "conformance")
+    found = run("check", *chosen, "--case", "rotary/length-1/fp32/*", "--json")
+    assert found.exit_code == 0, found.output
+    verdicts = {x["case"]: x["verdict"] for x in json.loads(found.stdout)["outcomes"]}
+    assert verdicts["rotary/length-1/fp32/half"] == "pass"
+    assert verdicts["rotary/length-1/fp32/interleaved"] == "unsupported"
 
 
 def test_registered_names_are_taken(here: Path) -> None:
@@ -553,7 +616,7 @@ def test_demo_shows_where_the_report_is(here: Path, monkeypatch: pytest.MonkeyPa
     from isoform.conformance.run import run as judge
 
     def shown(output: Path, **_: object) -> Run:
-        return judge([IMPLEMENTATION], [CASES[CASE]], invalid_calls=False, memory=False)
+        return judge([IMPLEMENTATION], [CASES[CASE]], invalid_calls=(), memory=())
 
     monkeypatch.setattr(demo, "demo", shown)
     result = run("demo", "-o", "there")
@@ -575,9 +638,12 @@ def test_calibrate_records_what_it_measured(here: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(calibrate, "save", saved.append)
     result = run("calibrate")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert saved == [{"of": "evoformer_attention"}]
+    assert saved == [{"of": operation} for operation in OPERATIONS]
+    saved.clear()
+    result = run("calibrate", "rotary_embedding", "evoformer_attention")
+    assert saved == [{"of": "rotary_embedding"}, {"of": "evoformer_attention"}]
     elsewhere = run("calibrate", "--device", "cuda")
-    assert (elsewhere.exit_code, len(saved)) == (2, 1)
+    assert (elsewhere.exit_code, len(saved)) == (2, 2)
     assert "no device cuda here" in elsewhere.stderr
     assert "recorded in" in result.stderr
     assert "Did you mean evoformer_attention" in run("calibrate", "evoformer").stderr

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from isoform.conformance.compare import compare
+from isoform.conformance.evoformer.cases import CASES as EVOFORMER
 from isoform.conformance.implementation import Implementation
 from isoform.conformance.implementations.numpy import NUMPY, NUMPY_TILED
+from isoform.conformance.implementations.torch import REFERENCE
 from isoform.conformance.operations import CASES
 from isoform.reference.contract import Capabilities, Unsupported
 from isoform.reference.numpy import evoformer_attention
@@ -116,8 +118,20 @@ def test_a_wrong_shape_is_said() -> None:
 
 
 def test_other_operations_are_skipped() -> None:
-    other = replace(NUMPY, capabilities=replace(NUMPY.capabilities, operation="another"))
+    other = replace(NUMPY, capabilities=replace(NUMPY.capabilities, operation="another"), others=())
     assert "not both" in compare(NUMPY, other, [CASE]).skipped[CASE.id]
+
+
+def test_operations_that_both_offer_are_compared() -> None:
+    rotary = CASES["rotary/length-65/fp32/half"]
+    found = compare(NUMPY, REFERENCE, [CASE, rotary])
+    assert {(x.case, x.result) for x in found.differences} >= {
+        (rotary.id, "out"),
+        (rotary.id, "dx"),
+        (CASE.id, "out"),
+    }
+    assert found.within
+    assert "not both" in compare(NUMPY, NUMPY_TILED, [rotary]).skipped[rotary.id]
 
 
 def test_large_cases_are_not_run_unasked() -> None:
@@ -126,14 +140,14 @@ def test_large_cases_are_not_run_unasked() -> None:
 
 
 def test_empty_results_compare() -> None:
-    empty = [case for case in CASES.values() if "empty" in case.tags and "fp32" in case.id]
+    empty = [case for case in EVOFORMER.values() if "empty" in case.tags and "fp32" in case.id]
     found = compare(NUMPY, NUMPY_TILED, empty)
     assert len({x.case for x in found.differences}) == len(empty)
     assert found.within
 
 
 def test_the_largest_of_each_result_is_picked() -> None:
-    cases = [case for case in CASES.values() if "scale" in case.tags]
+    cases = [case for case in EVOFORMER.values() if "scale" in case.tags]
     found = compare(NUMPY, NUMPY_TILED, cases)
     assert len(found.differences) == len(cases) * len(RESULTS)
     assert [x.result for x in found.largest()] == RESULTS

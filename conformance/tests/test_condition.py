@@ -12,13 +12,13 @@ import pytest
 from isoform.conformance.budgets import units
 from isoform.conformance.case import Case, Operands
 from isoform.conformance.dtypes import FORMATS, Array
+from isoform.conformance.evoformer.cases import CASES, scale_of
 from isoform.conformance.evoformer.condition import conditions
 from isoform.conformance.evoformer.mutants import Faults
 from isoform.conformance.evoformer.operation import reference
 from isoform.conformance.evoformer.twin import twin
 from isoform.conformance.evoformer.values import draw
 from isoform.conformance.operation import Condition
-from isoform.conformance.operations import CASES
 from isoform.reference.contract import Arithmetic, Shape
 from isoform.reference.numpy.evoformer import sigmoid
 
@@ -63,7 +63,7 @@ def problem(case_id: str, *, gradients: bool | None = None) -> Problem:
     operands = draw(case)
     results = reference(operands, case, wanted)
     return Problem(
-        case, operands, results, conditions(operands, case.scale, results, gradients=wanted)
+        case, operands, results, conditions(operands, scale_of(case), results, gradients=wanted)
     )
 
 
@@ -90,8 +90,8 @@ def with_noise_at_every_step(operands: Operands, case: Case, noise: Noise) -> Op
     )
     wide = {name: x if x.dtype == bool else x.astype(np.float64) for name, x in operands.items()}
     dout = wide.pop("dout")
-    out, lse = steps.forward(**wide, scale=case.scale, return_lse=True)
-    gradients = steps.backward(dout, **wide, scale=case.scale)._asdict()
+    out, lse = steps.forward(**wide, scale=scale_of(case), return_lse=True)
+    gradients = steps.backward(dout, **wide, scale=scale_of(case))._asdict()
     return {
         "out": out,
         "lse": lse,
@@ -131,7 +131,7 @@ def test_the_worst_perturbation_of_the_logits_reaches_it() -> None:
     case = CASES["evoformer/operands/fp32/pair-bias"]
     operands = {name: x.astype(np.float64) for name, x in draw(case).items()}
     results = reference(operands, case, False)
-    bound = conditions(operands, case.scale, results, gradients=False)["out"].relative
+    bound = conditions(operands, scale_of(case), results, gradients=False)["out"].relative
 
     # all keys' biases of one query and head, each to the side that pushes one channel up
     b, h, i, d = 0, 1, 3, 2
@@ -188,7 +188,7 @@ def test_what_dropped_keys_hold_does_not_count() -> None:
     assert not np.isfinite(operands["k"]).all()
     dropped = ~operands["mask"][..., None, None]
     clean = operands | {name: np.where(dropped, np.float32(0), operands[name]) for name in "kv"}
-    for name, condition in conditions(clean, case.scale, results, gradients=True).items():
+    for name, condition in conditions(clean, scale_of(case), results, gradients=True).items():
         np.testing.assert_array_equal(condition.relative, found[name].relative)
         np.testing.assert_array_equal(condition.underflow, found[name].underflow)
     for name in ("dk", "dv"):
@@ -268,7 +268,7 @@ def test_scale_counts_by_its_size() -> None:
     mirrored = operands | {"q": -operands["q"]}
     both = []
     for given, scale in ((operands, -0.5), (mirrored, 0.5)):
-        results = reference(given, replace(case, scale=scale), True)
+        results = reference(given, replace(case, options=(("scale", scale),)), True)
         both.append(conditions(given, scale, results, gradients=True))
     for name in both[0]:
         np.testing.assert_allclose(both[0][name].relative, both[1][name].relative, rtol=1e-12)

@@ -16,7 +16,8 @@ from isoform.conformance.dtypes import FORMATS, Array
 from isoform.conformance.evoformer.values import LAYOUTS, draw
 from isoform.conformance.frameworks import Framework, framework
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.operations import CASES
+from isoform.conformance.operations import CASES, OPERATIONS
+from isoform.conformance.rotary.values import draw as draw_rotary
 from isoform.reference.contract import Capabilities, Unsupported, dtype_name, evoformer_call
 
 NAME = "evoformer_attention"
@@ -91,7 +92,7 @@ def test_strides_are_kept(library: Framework, layout: str, dtype: str) -> None:
 def test_empty_axes_are_kept(library: Framework) -> None:
     for case in CASES.values():
         if "empty" in case.tags:
-            operands = draw(case)
+            operands = OPERATIONS[case.operation].draw(case)
             for name, x in library.upload(operands, "cpu").items():
                 assert is_same(library.download(x), operands[name])
 
@@ -152,9 +153,9 @@ def test_only_what_is_used_is_passed(name: str, library: Framework) -> None:
 
     implementation = made(forward, name=name)
     operands = library.upload(draw(CASES["evoformer/operands/fp32/mask+gate"]), "cpu")
-    plain = library.run(implementation, operands, None, lse=False, gradients=[])
+    plain = library.run(implementation, operands, {}, lse=False, gradients=[])
     assert plain.keys() == {"out"}
-    both = library.run(implementation, operands, 0.0, lse=True, gradients=[])
+    both = library.run(implementation, operands, {"scale": 0.0}, lse=True, gradients=[])
     assert both.keys() == {"out", "lse"}
     assert seen == [{"mask", "gate"}, {"mask", "gate", "scale", "return_lse"}]
     assert is_same(library.download(both["lse"]), library.download(operands["q"])[..., 0])
@@ -167,7 +168,7 @@ def test_lse_must_be_returned_where_it_is_asked_for(
     implementation = made(lambda q, k, v, return_lse: returned(q), name=name)
     operands = library.upload(draw(CASES["evoformer/operands/fp32/bare"]), "cpu")
     with pytest.raises(TypeError, match=r"\(out, lse\) must be returned"):
-        library.run(implementation, operands, None, lse=True, gradients=[])
+        library.run(implementation, operands, {}, lse=True, gradients=[])
 
 
 @pytest.mark.parametrize("returned", [None, "out", [1.0], np.ones(3)])
@@ -179,7 +180,7 @@ def test_torch_must_return_tensors(returned: Any) -> None:
         (lambda q, k, v, return_lse: (q, returned), True, "lse"),
     ):
         with pytest.raises(TypeError, match=f"{result} must be a tensor"):
-            library.run(made(forward, name="torch"), operands, None, lse=lse, gradients=[])
+            library.run(made(forward, name="torch"), operands, {}, lse=lse, gradients=[])
 
 
 # Gradients
@@ -207,11 +208,11 @@ def test_own_backward_by_attribute_or_in_the_order_of_the_contract(
     for backward in (by_attribute, in_order):
         implementation = made(lambda q, k, v, **more: q, name=name, backward=backward)
         wanted = ["q", "k", "v", "gate"]
-        results = library.run(implementation, operands, 1.0, lse=False, gradients=wanted)
+        results = library.run(implementation, operands, {"scale": 1.0}, lse=False, gradients=wanted)
         assert results.keys() == {"out", *expected}
         for result, x in expected.items():
             assert is_same(library.download(results[result]), library.download(x))
-        some = library.run(implementation, operands, 1.0, lse=False, gradients=["v"])
+        some = library.run(implementation, operands, {"scale": 1.0}, lse=False, gradients=["v"])
         assert some.keys() == {"out", "dv"}
     assert calls == [{"gate", "scale"}] * 2
 
@@ -222,7 +223,7 @@ def test_a_backward_is_called_only_if_gradients_are_wanted(name: str, library: F
 
     operands = library.upload(draw(CASES["evoformer/operands/fp32/bare"]), "cpu")
     implementation = made(lambda q, k, v: q, name=name, backward=backward)
-    results = library.run(implementation, operands, None, lse=False, gradients=[])
+    results = library.run(implementation, operands, {}, lse=False, gradients=[])
     assert results.keys() == {"out"}
 
 
@@ -230,7 +231,7 @@ def test_without_a_backward_numpy_declines_gradients() -> None:
     library = framework("numpy")
     operands = draw(CASES["evoformer/operands/fp32/bare"])
     with pytest.raises(Unsupported) as raised:
-        library.run(made(lambda q, k, v: q), operands, None, lse=False, gradients=["q", "v"])
+        library.run(made(lambda q, k, v: q), operands, {}, lse=False, gradients=["q", "v"])
     assert raised.value.reasons == ("gradient of q", "gradient of v")
 
 
@@ -245,7 +246,7 @@ def test_autograd_gives_the_gradients_that_are_wanted() -> None:
         return q * gate
 
     results = library.run(
-        made(forward, name="torch"), operands, None, lse=False, gradients=["q", "gate"]
+        made(forward, name="torch"), operands, {}, lse=False, gradients=["q", "gate"]
     )
     assert results.keys() == {"out", "dq", "dgate"}
     torch.testing.assert_close(results["dq"], operands["dout"] * operands["gate"])
@@ -262,7 +263,7 @@ def test_without_gradients_autograd_is_off() -> None:
         assert not torch.is_grad_enabled()
         return q * 2
 
-    results = library.run(made(forward, name="torch"), operands, None, lse=False, gradients=[])
+    results = library.run(made(forward, name="torch"), operands, {}, lse=False, gradients=[])
     assert not results["out"].requires_grad
 
 
@@ -272,7 +273,7 @@ def test_the_gradient_of_an_operand_that_is_not_used_is_zero() -> None:
     results = library.run(
         made(lambda q, k, v, gate: q * 1, name="torch"),
         operands,
-        None,
+        {},
         lse=False,
         gradients=["q", "k", "gate"],
     )
@@ -326,3 +327,36 @@ def test_without_pytorch_numpy_still_works(monkeypatch: pytest.MonkeyPatch) -> N
     assert framework("numpy").devices() == ("cpu",)
     with pytest.raises(ModuleNotFoundError, match="torch"):
         framework("torch")
+
+
+# Another operation
+
+
+def turning(backward: Any = None, *, name: str = "numpy") -> Implementation:
+    capabilities = Capabilities("rotary_embedding", gradients=frozenset({"x"}), lse=False)
+    return Implementation("made-up", name, capabilities, lambda x, positions: 2 * x, backward)
+
+
+def test_a_single_gradient_may_be_returned_by_itself(name: str, library: Framework) -> None:
+    operands = library.upload(draw_rotary(CASES["rotary/length-3/fp32/half"]), "cpu")
+    seen: list[set[str]] = []
+
+    def backward(dout: Any, **more: Any) -> Any:
+        seen.append(set(more))
+        return 3 * dout
+
+    for returns in (backward, lambda dout, **more: (backward(dout, **more),)):
+        found = library.run(turning(returns, name=name), operands, {}, lse=False, gradients=["x"])
+        assert found.keys() == {"out", "dx"}
+        assert is_same(library.download(found["dx"]), library.download(3 * operands["dout"]))
+    assert seen == [{"positions"}] * 2  # x is not needed, and not given
+
+
+def test_integers_have_no_gradient_and_are_not_poisoned(name: str, library: Framework) -> None:
+    operands = library.upload(draw_rotary(CASES["rotary/positions/bf16/uint8"]), "cpu")
+    before = library.download(operands["positions"])
+    library.poison(operands)
+    assert is_same(library.download(operands["positions"]), before)
+    if name == "torch":
+        found = library.run(turning(name=name), operands, {}, lse=False, gradients=["x"])
+        assert is_same(library.download(found["dx"]), library.download(2 * operands["dout"]))

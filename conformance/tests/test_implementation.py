@@ -13,7 +13,13 @@ import pytest
 from isoform.conformance.implementation import Implementation, adopt
 from isoform.conformance.implementations.numpy import NUMPY
 from isoform.reference.contract import DIFFERENTIABLE, OPTIONAL_OPERANDS, Capabilities, Unsupported
-from isoform.reference.numpy import evoformer_attention, evoformer_attention_backward
+from isoform.reference.numpy import (
+    evoformer_attention,
+    evoformer_attention_backward,
+    rotary_embedding,
+    rotary_embedding_backward,
+)
+from isoform.reference.rotary_contract import BASIC
 
 NAME = "evoformer_attention"
 CAPABILITIES = Capabilities(NAME, dtypes=frozenset({"float32"}))
@@ -190,3 +196,73 @@ def test_implementations_are_values() -> None:
     assert isinstance(adopt(Kernel), Implementation)
     assert adopt(Kernel) == adopt(Kernel)
     assert hash(NUMPY) == hash(replace(NUMPY))
+
+
+# Several operations under one name
+
+
+class Two:
+    """Two operations, each with a declaration of its own."""
+
+    name = "two"
+    framework = "numpy"
+    capabilities = (
+        CAPABILITIES,
+        Capabilities("rotary_embedding", operands=BASIC, gradients=frozenset({"x"}), lse=False),
+    )
+    evoformer_attention = staticmethod(evoformer_attention)
+    evoformer_attention_backward = staticmethod(evoformer_attention_backward)
+    rotary_embedding = staticmethod(rotary_embedding)
+    rotary_embedding_backward = staticmethod(rotary_embedding_backward)
+
+
+def test_an_object_may_offer_several_operations() -> None:
+    found = adopt(Two, name="renamed")
+    assert [one.operation for one in found.offers] == [NAME, "rotary_embedding"]
+    assert {one.name for one in found.offers} == {"renamed"}
+    assert not any(one.others for one in found.offers)
+    rotary = found.of("rotary_embedding")
+    assert rotary is not None
+    assert (rotary.forward, rotary.backward) == (rotary_embedding, rotary_embedding_backward)
+    assert found.of("attention") is None
+
+
+def test_each_of_several_operations_must_be_there() -> None:
+    class Half(Two):
+        rotary_embedding_backward = None  # type: ignore[assignment]
+
+    with pytest.raises(TypeError, match="has no rotary_embedding_backward"):
+        adopt(Half)
+    with pytest.raises(TypeError, match="capabilities must be Capabilities, got tuple"):
+        adopt(SimpleNamespace(capabilities=(), framework="numpy"))
+
+
+def test_one_operation_is_offered_by_itself() -> None:
+    assert adopt(Kernel).offers == (adopt(Kernel),)
+
+
+def test_which_operation_a_function_is_can_be_said() -> None:
+    def attention(q: Any, k: Any, v: Any, *, causal: bool = False) -> Any:
+        return q
+
+    assert adopt(attention).operation == NAME
+    assert adopt(attention, operation="attention").capabilities.operands == {"causal"}
+
+
+def test_a_function_that_takes_the_operands_of_an_operation_is_that_operation() -> None:
+    def turn(x: Any, positions: Any, *, layout: str = "half") -> Any:
+        return x + 1
+
+    found = adopt(turn, framework="numpy")
+    assert found.operation == "rotary_embedding"
+    assert found.capabilities.operands == BASIC | {"layout=interleaved"}
+    assert not found.capabilities.lse
+    assert adopt(turn).capabilities.gradients == {"x"}
+    x = np.zeros((1, 3, 2, 8), np.float32)
+    assert (found.forward(x=x, positions=np.arange(3)) == 1).all()
+    assert (found.forward(x, np.arange(3), layout="interleaved") == 1).all()
+    with pytest.raises(Unsupported) as raised:
+        found.forward(x=x, positions=np.arange(3), rotary_dim=4)
+    assert raised.value.reasons == ("rotary_dim<D",)
+    with pytest.raises(ValueError, match="layout must be one of"):
+        found.forward(x=x, positions=np.arange(3), layout="thirds")

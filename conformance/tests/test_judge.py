@@ -19,7 +19,7 @@ from isoform.conformance.implementation import Implementation, adopt
 from isoform.conformance.implementations.numpy import NUMPY
 from isoform.conformance.implementations.torch import REFERENCE
 from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory
-from isoform.conformance.operations import CASES
+from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.oracle import expected
 from isoform.conformance.verdicts import GROUPS, Outcome, Verdict
 from isoform.reference.contract import Capabilities, Unsupported
@@ -562,7 +562,7 @@ def test_nan_repeats_itself() -> None:
 
 
 def test_wrong_calls_are_answered_rightly_by_the_reference() -> None:
-    found = judge_invalid_calls(NUMPY)
+    found = judge_invalid_calls(replace(NUMPY, others=()))
     assert {outcome.verdict for outcome in found} == {Verdict.PASS}
     assert {outcome.check for outcome in found} == {
         "invalid/unmodified",
@@ -577,6 +577,7 @@ def test_only_wrong_calls_with_what_is_offered_are_made() -> None:
         replace(
             NUMPY,
             capabilities=Capabilities(NAME, operands=frozenset({"gate"}), grouped_heads=False),
+            others=(),
         )
     )
     about = {outcome.check.removeprefix("invalid/").split(":")[0] for outcome in found}
@@ -646,7 +647,7 @@ def test_wrong_calls_must_leave_operands_alone_too() -> None:
 def test_wrong_calls_and_memory_need_the_device() -> None:
     [outcome] = judge_invalid_calls(made(raising(AssertionError("asked"))), "cuda")
     assert (outcome.check, outcome.verdict) == ("invalid", Verdict.NOT_RUN)
-    outcome = judge_memory(made(raising(AssertionError("asked"))), "cuda")
+    [outcome] = judge_memory(made(raising(AssertionError("asked"))), "cuda")
     assert (outcome.check, outcome.verdict) == ("memory", Verdict.NOT_RUN)
     assert outcome.message == "no device cuda here"
 
@@ -686,7 +687,7 @@ def allocating(count: Callable[[int], int]) -> tuple[Function, Function]:
 )
 def test_memory_grows_as_declared(memory: Any, power: int, verdict: Verdict) -> None:
     size = {1: lambda L: 40_000 * L, 2: lambda L: 200 * L**2, 3: lambda L: L**3 // 2}[power]
-    outcome = judge_memory(made(*allocating(size), memory=memory))
+    [outcome] = judge_memory(made(*allocating(size), memory=memory))
     assert (outcome.check, outcome.group, outcome.verdict) == ("memory", "conformance", verdict)
     [part] = outcome.parts
     assert part.name == "growth"
@@ -712,15 +713,43 @@ def test_memory_is_asked_with_what_is_offered_alone() -> None:
 
 @pytest.mark.usefixtures("short")
 def test_memory_of_what_is_not_supported_fails_or_is_not_seen() -> None:
-    outcome = judge_memory(made(raising(AssertionError("asked")), dtypes=frozenset({"bfloat16"})))
+    [outcome] = judge_memory(made(raising(AssertionError("asked")), dtypes=frozenset({"bfloat16"})))
     assert outcome.verdict is Verdict.NOT_RUN
     assert "dtype float32" in outcome.message
 
-    outcome = judge_memory(made(raising(MemoryError("all of it"))))
+    [outcome] = judge_memory(made(raising(MemoryError("all of it"))))
     assert (outcome.verdict, outcome.message) == (Verdict.ERROR, "MemoryError: all of it")
     assert outcome.failed_checks == ("memory",)
 
-    nothing = replace(REFERENCE, forward=lambda q, k, v, **more: (q, q), backward=lambda *x, **m: x)
-    outcome = judge_memory(replace(nothing, capabilities=Capabilities(NAME, gradients=frozenset())))
+    forward_only = Capabilities(NAME, gradients=frozenset())
+    nothing = Implementation("nothing", "torch", forward_only, lambda q, k, v, **more: (q, q))
+    [outcome] = judge_memory(nothing)
     assert outcome.verdict is Verdict.NOT_RUN
     assert outcome.message == "what it allocates is not seen by torch"
+
+
+# Several operations under one name
+
+
+def test_only_what_is_offered_can_be_judged() -> None:
+    alone = replace(NUMPY, others=())
+    with pytest.raises(ValueError, match="numpy does not offer rotary_embedding"):
+        judge(alone, CASES["rotary/length-3/fp32/half"])
+    assert not failed(judge(NUMPY, CASES["rotary/length-3/fp32/half"]))
+
+
+def test_every_operation_has_its_own_wrong_calls_and_memory() -> None:
+    found = {outcome.case.split("/")[0] for outcome in judge_invalid_calls(NUMPY)}
+    assert found == {OPERATIONS[one.operation].short for one in NUMPY.offers}
+    rotary = NUMPY.of("rotary_embedding")
+    assert rotary is not None
+    (outcome,) = judge_memory(rotary)
+    assert outcome.verdict is Verdict.PASS
+    assert outcome.parts[0].limit < 1.5  # declared linear
+
+
+def test_lse_is_asked_of_operations_that_have_it() -> None:
+    outcomes = judge(NUMPY, CASES["rotary/length-3/fp32/half"])
+    assert {outcome.check for outcome in outcomes} == {
+        *("out", "dx", "unmodified", "determinism", "independence")
+    }

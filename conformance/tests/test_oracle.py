@@ -12,19 +12,25 @@ import numpy as np
 import pytest
 
 from isoform.conformance import chunks, oracle
+from isoform.conformance.attention import condition as attention_condition
+from isoform.conformance.attention import operation as attention
+from isoform.conformance.attention import twin as attention_twin
+from isoform.conformance.attention.cases import window_of
 from isoform.conformance.case import Operands
 from isoform.conformance.chunks import CPU, GPU, Chunk, Processor
 from isoform.conformance.chunks import chunks as split
 from isoform.conformance.dtypes import Array, bfloat16_by_bits
+from isoform.conformance.evoformer.cases import scale_of, shape_of
 from isoform.conformance.evoformer.condition import conditions
 from isoform.conformance.evoformer.operation import reference
 from isoform.conformance.evoformer.twin import twin
 from isoform.conformance.evoformer.values import draw
 from isoform.conformance.judge import judge
 from isoform.conformance.metrics import errors, pattern_fault
-from isoform.conformance.operations import CASES
+from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.trusted import TRUSTED
 from isoform.conformance.verdicts import Verdict
+from isoform.reference.attention_contract import PLACES
 from isoform.reference.contract import Arithmetic, Shape
 
 CASE_IDS = [
@@ -48,6 +54,24 @@ CASE_IDS = [
         "values/fp32/inf-attended",
         "empty/fp32/no-batch",
         "empty/fp32/no-rows",
+        "empty/fp32/no-queries",
+        "empty/fp32/no-keys",
+        "empty/fp32/no-heads",
+    )
+] + [
+    f"attention/{name}"
+    for name in (
+        "mask/fp32/bare",
+        "mask/bf16/per-example",
+        "mask/fp32/padded-causal-window",
+        "heads-6-2/bf16/causal",
+        "ring/fp32/packed-uneven",
+        "lengths-300-5/fp32/last-aligned",
+        "layout/bf16/strided-last",
+        "values/fp32/no-keys-for-some",
+        "values/fp32/garbage-in-padding",
+        "values/fp32/nan-attended",
+        "empty/fp32/no-batch",
         "empty/fp32/no-queries",
         "empty/fp32/no-keys",
         "empty/fp32/no-heads",
@@ -88,17 +112,26 @@ def to_elsewhere(x: Array) -> Any:
     return (x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x).view(Elsewhere)
 
 
+def drawn(case_id: str) -> Operands:
+    return OPERATIONS[CASES[case_id].operation].operands(CASES[case_id])
+
+
 def everything(
     case_id: str, operands: Operands, processor: Processor | None
 ) -> dict[str, dict[str, Array]]:
     """What the definition, κ, λ and the twin say of a case, twin in float64."""
     case = CASES[case_id]
-    wanted = case.differentiate
-    truth = reference(operands, case, wanted, processor)
-    found = conditions(operands, case.scale, truth, gradients=wanted, processor=processor)
-    twins = twin(
-        operands, case.scale, "float64", Arithmetic(), gradients=wanted, processor=processor
-    )
+    wanted, scale = case.differentiate, scale_of(case)
+    more: dict[str, Any] = {"gradients": wanted, "processor": processor}
+    if case.operation == "attention":
+        window = window_of(case)
+        truth = attention.reference(operands, case, wanted, processor)
+        found = attention_condition.conditions(operands, scale, window, truth, **more)
+        twins = attention_twin.twin(operands, scale, window, "float64", Arithmetic(), **more)
+    else:
+        truth = reference(operands, case, wanted, processor)
+        found = conditions(operands, scale, truth, **more)
+        twins = twin(operands, scale, "float64", Arithmetic(), **more)
     return {
         "reference": truth,
         "relative": {name: x.relative for name, x in found.items()},
@@ -108,7 +141,8 @@ def everything(
 
 
 def in_double(operands: Operands) -> Operands:
-    return {name: x if x.dtype == bool else x.astype(np.float64) for name, x in operands.items()}
+    kept = ("mask", *PLACES)
+    return {name: x if name in kept else x.astype(np.float64) for name, x in operands.items()}
 
 
 def assert_alike(found: dict[str, dict[str, Array]], wanted: dict[str, dict[str, Array]]) -> None:
@@ -129,7 +163,7 @@ def assert_alike(found: dict[str, dict[str, Array]], wanted: dict[str, dict[str,
 @pytest.mark.parametrize("case_id", CASE_IDS)
 def test_in_chunks_it_is_the_same(case_id: str, part: float) -> None:
     case = CASES[case_id]
-    operands = in_double(draw(case))
+    operands = in_double(drawn(case_id))
     limit = max(1, int(part * case.shape.logits))
     whole = everything(case_id, operands, CPU)
     in_chunks = everything(case_id, operands, replace(CPU, limit=limit))
@@ -140,7 +174,7 @@ def test_in_chunks_it_is_the_same(case_id: str, part: float) -> None:
 @pytest.mark.parametrize("case_id", CASE_IDS)
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_with_arrays_that_are_not_numpys_it_is_the_same(case_id: str) -> None:
-    operands = draw(CASES[case_id])
+    operands = drawn(case_id)
     elsewhere = Processor(1000, put=to_elsewhere, get=lambda x: x.view(np.ndarray))
     found = everything(case_id, operands, elsewhere)
     assert_alike(found, everything(case_id, operands, CPU))
@@ -150,7 +184,7 @@ def test_with_arrays_that_are_not_numpys_it_is_the_same(case_id: str) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("case_id", CASE_IDS)
 def test_on_a_gpu_it_is_the_same(case_id: str) -> None:
-    operands = draw(CASES[case_id])
+    operands = drawn(case_id)
     found = everything(case_id, operands, replace(GPU, limit=1000))
     assert_alike(found, everything(case_id, operands, CPU))
 
@@ -266,7 +300,7 @@ def test_where_chunks_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     for present, limit in [(False, CPU.limit), (True, CPU.limit), (False, 10), (True, 10)]:
         monkeypatch.setattr(chunks, "gpu_present", lambda present=present: present)
         monkeypatch.setattr(chunks, "CPU", replace(CPU, limit=limit))
-        chunks.in_chunks(lambda chunk: {}, operands)
+        chunks.in_chunks(lambda chunk: {}, operands, shape_of(operands))
     assert [processor is GPU for processor in used] == [False, False, False, True]
 
 

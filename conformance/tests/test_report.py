@@ -58,7 +58,7 @@ ZEROS = Implementation(
 @pytest.fixture(scope="module")
 def record() -> Run:
     """A run with everything in it: passes, faults, what is unsupported and what is not run."""
-    found = judge([NUMPY, NUMPY_TILED, ZEROS], CHOSEN, memory=False)
+    found = judge([NUMPY, NUMPY_TILED, ZEROS], CHOSEN, memory=())
     return replace(found, sources={NAME: "mine:ZEROS"})
 
 
@@ -196,6 +196,17 @@ def test_capabilities_are_shown(page: str) -> None:
     assert words.count("yes") > 10 and words.count("no") > 3
 
 
+def test_capabilities_are_shown_for_each_operation_that_was_judged(page: str) -> None:
+    assert "Capabilities for evoformer_attention by implementation" in page
+    assert "rotary_embedding" not in page  # NUMPY offers it, but it was not judged on it
+    rotary = CASES["rotary/length-3/fp32/half"]
+    both = report.html(judge([NUMPY, NUMPY_TILED], [CHOSEN[0], rotary], memory=()))
+    assert "Capabilities for rotary_embedding by implementation" in both
+    words = Page(both).words
+    assert "scaling=longrope" in words
+    assert "positions=[B,L]" in words
+
+
 def test_known_failures_are_shown_with_their_reason(
     record: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +239,7 @@ def test_runs_without_figures_have_a_page_too(outcomes: tuple[Outcome, ...]) -> 
 
 def test_infinite_errors_are_drawn_and_written() -> None:
     part = Part("condition", False, math.inf, 4.0, "far")
-    ran = judge([NUMPY], [CASES["evoformer/length-17/fp32/all-operands"]], memory=False)
+    ran = judge([NUMPY], [CASES["evoformer/length-17/fp32/all-operands"]], memory=())
     odd = next(outcome for outcome in ran.outcomes if outcome.errors)
     odd = replace(odd, verdict=Verdict.WRONG, message="out: far", parts=(part,))
     text = report.html(replace(ran, outcomes=(odd,)))

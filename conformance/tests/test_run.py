@@ -48,7 +48,7 @@ ZEROS = replace(NUMPY, name="zeros", forward=zeros)
 @pytest.fixture(scope="module")
 def mixed() -> Run:
     """Two implementations, one of them wrong, on two cases."""
-    return run([NUMPY, ZEROS], SOME, memory=False)
+    return run([NUMPY, ZEROS], SOME, memory=())
 
 
 # What is run
@@ -72,9 +72,9 @@ def test_what_belongs_to_conformance_is_run_with_it_and_if_wanted(
     monkeypatch.setattr(
         running,
         "judge_memory",
-        lambda implementation, device: Outcome(
-            implementation.name, "m", "conformance", "memory", Verdict.PASS
-        ),
+        lambda implementation, device: [
+            Outcome(implementation.name, "m", "conformance", "memory", Verdict.PASS)
+        ],
     )
 
     def checks(**wanted: Any) -> set[str]:
@@ -82,8 +82,8 @@ def test_what_belongs_to_conformance_is_run_with_it_and_if_wanted(
         return {outcome.check.split("/")[0] for outcome in outcomes} & {"memory", "invalid"}
 
     assert checks() == {"memory", "invalid"}
-    assert checks(memory=False) == {"invalid"}
-    assert checks(invalid_calls=False) == {"memory"}
+    assert checks(memory=()) == {"invalid"}
+    assert checks(invalid_calls=()) == {"memory"}
     assert checks(groups=["gradients", "precision"]) == set()
 
 
@@ -98,10 +98,25 @@ def test_progress_is_told_before_each_step() -> None:
 
 
 def test_nobody_is_judged_on_another_operation() -> None:
-    other = replace(
-        NUMPY, name="other", capabilities=replace(NUMPY.capabilities, operation="rotary_embedding")
-    )
+    (other,) = (one for one in NUMPY.offers if one.operation == "rotary_embedding")
+    other = replace(other, name="other")
     assert run([other, NUMPY], SOME[:1], groups=["gradients"]).implementations == ("numpy",)
+
+
+def test_each_operation_that_a_name_offers_is_judged_on_its_cases() -> None:
+    rotary = CASES["rotary/length-3/fp32/half"]
+    found = run([NUMPY, NUMPY_TILED], [SOME[0], rotary], memory=())
+    judged = {(outcome.implementation, outcome.case) for outcome in found.outcomes}
+    assert judged == {
+        *((name, SOME[0].id) for name in ("numpy", "numpy-tiled")),
+        *((name, "evoformer/invalid/fp32/probe") for name in ("numpy", "numpy-tiled")),
+        ("numpy", rotary.id),
+        ("numpy", "rotary/invalid/fp32/probe"),
+    }
+    assert set(found.counts()) == {Verdict.PASS}
+    assert found.capabilities["numpy"].keys() == {"evoformer_attention", "rotary_embedding"}
+    assert found.capabilities["numpy-tiled"].keys() == {"evoformer_attention"}
+    assert Run.from_json(found.as_json()) == found
 
 
 def test_a_device_that_is_not_there_is_said_for_each_case() -> None:
@@ -151,7 +166,7 @@ def test_whether_anything_ran(verdict: Verdict, make_outcome: MakeOutcome) -> No
 
 
 def test_nothing_ran_of_what_is_too_large() -> None:
-    assert not run([NUMPY], [LARGE], invalid_calls=False, memory=False).ran
+    assert not run([NUMPY], [LARGE], invalid_calls=(), memory=()).ran
     assert not Run(()).ran
 
 
@@ -178,7 +193,8 @@ def test_the_document(mixed: Run) -> None:
     assert document["schema"] == SCHEMA
     assert document["cases_version"] == CASES_VERSION
     assert len(document["outcomes"]) == len(mixed.outcomes)
-    assert document["capabilities"]["numpy"] == declared(NUMPY)
+    operation = NUMPY.operation
+    assert document["capabilities"]["numpy"] == {operation: declared(NUMPY)[operation]}
     lines = mixed.as_json().splitlines()
     assert sum('"verdict"' in line for line in lines) == len(mixed.outcomes)  # a line for each
 
@@ -223,7 +239,7 @@ def test_no_json_is_refused() -> None:
 
 
 def test_capabilities_are_plain_data() -> None:
-    found = declared(REFERENCE)
+    found = declared(REFERENCE)["evoformer_attention"]
     assert json.loads(json.dumps(found)) == found
     assert found["framework"] == "torch"
     assert found["devices"] == ["cpu", "cuda"]

@@ -8,6 +8,7 @@ import pytest
 from isoform.conformance.budgets import budget, result_format, units
 from isoform.conformance.case import Operands
 from isoform.conformance.dtypes import FORMATS, rounded
+from isoform.conformance.evoformer.cases import scale_of
 from isoform.conformance.evoformer.condition import conditions
 from isoform.conformance.evoformer.operation import reference
 from isoform.conformance.evoformer.twin import twin
@@ -49,7 +50,7 @@ def in_double(case_id: str) -> Operands:
 def test_in_float64_it_is_the_oracle(case_id: str) -> None:
     operands, case = in_double(case_id), CASES[case_id]
     truth = reference(operands, case, True)
-    found = twin(operands, case.scale, "float64", Arithmetic(), gradients=True)
+    found = twin(operands, scale_of(case), "float64", Arithmetic(), gradients=True)
     assert found.keys() == truth.keys()
     for name, x in truth.items():
         largest = np.abs(x[np.isfinite(x)]).max(initial=1.0)
@@ -88,8 +89,8 @@ def test_its_errors_are_within_the_budget(dtype: str, arithmetic: Arithmetic) ->
     case = CASES[f"evoformer/head-dim-32/{dtype}/all-operands"]
     operands = draw(case)
     truth = reference(operands, case, True)
-    condition = conditions(operands, case.scale, truth, gradients=True)
-    found = twin(operands, case.scale, case.dtype, arithmetic, gradients=True)
+    condition = conditions(operands, scale_of(case), truth, gradients=True)
+    found = twin(operands, scale_of(case), case.dtype, arithmetic, gradients=True)
     for name, x in truth.items():
         u, eta = units(name, case.dtype, arithmetic)
         allowed = u * condition[name].relative + eta * condition[name].underflow

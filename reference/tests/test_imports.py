@@ -35,8 +35,14 @@ def importing(*modules: str) -> "subprocess.CompletedProcess[str]":
         "isoform.reference",
         "isoform.reference.contract",
         "isoform.reference.numpy",
+        "isoform.reference.attention_contract",
+        "isoform.reference.numpy.attention",
+        "isoform.reference.numpy.attention_tiled",
         "isoform.reference.numpy.evoformer",
         "isoform.reference.numpy.evoformer_tiled",
+        "isoform.reference.numpy.rotary",
+        "isoform.reference.rotary_contract",
+        "isoform.reference.rotary_scaling",
     ],
 )
 def test_numpy_is_enough(module):

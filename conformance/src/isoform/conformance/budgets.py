@@ -14,24 +14,20 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isoform.conformance.dtypes import FORMATS
 from isoform.reference.contract import Arithmetic
 
+if TYPE_CHECKING:
+    from isoform.conformance.operation import Operation
+
 HERE = Path(__file__).parent
-DEPENDS_ON = (
-    "dtypes.py",
-    "metrics.py",
-    "oracle.py",
-    "chunks.py",
-    "case.py",
-    "evoformer/cases.py",
-    "evoformer/values.py",
-    "evoformer/condition.py",
-    "evoformer/twin.py",
-)
-"""What a calibration depends on: it is stale when any of these changes."""
+DEPENDS_ON = ("dtypes.py", "metrics.py", "oracle.py", "chunks.py", "case.py")
+"""What every calibration depends on: it is stale when any of these changes."""
+
+OF_THE_OPERATION = ("cases.py", "values.py", "condition.py", "twin.py")
+"""And on which modules of the operation's own package."""
 
 MARGIN = 2.0
 """A constant is the largest figure seen in calibration times this."""
@@ -82,10 +78,10 @@ def budget(operation: str, dtype: str, result: str) -> Budget:
     return Budget(**{name: limits[name] for name in SMALLEST})
 
 
-def digest() -> str:
-    """A digest of everything that a calibration depends on."""
+def digest(operation: Operation) -> str:
+    """A digest of everything that the calibration of ``operation`` depends on."""
     content = hashlib.sha256()
-    for name in DEPENDS_ON:
+    for name in (*DEPENDS_ON, *(f"{operation.short}/{name}" for name in OF_THE_OPERATION)):
         content.update((HERE / name).read_bytes())
     return content.hexdigest()
 

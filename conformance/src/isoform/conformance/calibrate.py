@@ -50,7 +50,9 @@ def calibrate(
             trusted. Or the device is not there.
     """
     found: Observed = {}
-    trusted = [one for one in TRUSTED if device in one.capabilities.devices]
+    trusted = [
+        one for one in TRUSTED if one.operation == operation and device in one.capabilities.devices
+    ]
     if not all(device in framework(one.framework).devices() for one in trusted):
         raise RuntimeError(f"no device {device} here to calibrate on")
     for case in OPERATIONS[operation].cases.values():
@@ -66,7 +68,7 @@ def calibrate(
                         "implementation": implementation.name,
                         "case": case.id,
                     }
-    here = {"digest": digest(), "environment": environment(trusted, device)}
+    here = {"digest": digest(OPERATIONS[operation]), "environment": environment(trusted, device)}
     before = _in_force(operation)
     observed = {**before["observed"], device: found}
     return {
@@ -123,11 +125,7 @@ def _observe(
     """What one implementation shows on one case: result, figure, value."""
     operation = OPERATIONS[case.operation]
     capabilities = implementation.capabilities
-    wanted = [
-        name
-        for name in operation.differentiable
-        if case.differentiate and (name in ("q", "k", "v") or name in case.operands)
-    ]
+    wanted = operation.differentiable(case) if case.differentiate else []
     call = operation.call_for(
         case, gradients=frozenset(wanted), lse=capabilities.lse, device=device
     )
@@ -137,7 +135,7 @@ def _observe(
     truth = expected(case, case.differentiate)
     operands = library.upload(truth.operands, device)
     returned = library.run(
-        implementation, operands, case.scale, lse=capabilities.lse, gradients=wanted
+        implementation, operands, dict(case.options), lse=capabilities.lse, gradients=wanted
     )
     observed = []
     for result, x in returned.items():

@@ -8,16 +8,14 @@ any machine; so its id is all that is needed to run it again.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from isoform.conformance.dtypes import Array
-from isoform.reference.contract import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -26,7 +24,7 @@ CASES_VERSION = 1
 """Version of the case set. It grows by one when a released case changes its operands."""
 
 CPU_SIZE = 3_000_000
-"""Cases with more logits or longer operands than this are not run on a CPU unless asked for
+"""Cases with larger arrays (logits, operands) than this are not run on a CPU unless asked for
 (``--large``)."""
 
 Operands = dict[str, Array]
@@ -39,12 +37,13 @@ class Case:
     Attributes:
         id: ``operation/sizes/dtype/variant``, unique.
         operation: Name of the operation in :mod:`isoform.conformance.operations`.
-        shape: The axis sizes.
+        shape: The axis sizes: :class:`isoform.reference.contract.Sizes`, of the operation's class.
         dtype: Name of the operands' dtype.
-        operands: Which optional operands are present.
+        operands: Which optional operands are present, and which features the options ask for.
         values: What the operands hold: a name in the operation's table of recipes.
         layout: How they lie in memory: a name in the operation's table of layouts.
-        scale: Factor of the logits; None for the default.
+        options: Arguments of the call that are no arrays, as pairs of name and value; what is not
+            among them is left to its default.
         differentiate: Whether the gradients are checked too (not where operands are not finite).
         tags: What the case is for.
         note: Why the case exists, for reports.
@@ -52,12 +51,12 @@ class Case:
 
     id: str
     operation: str
-    shape: Shape
+    shape: Any
     dtype: str
     operands: frozenset[str]
     values: str = "normal"
     layout: str = "contiguous"
-    scale: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
     differentiate: bool = True
     tags: frozenset[str] = frozenset()
     note: str = ""
@@ -65,8 +64,7 @@ class Case:
     @property
     def large(self) -> bool:
         """Whether the case is too large to be run on a CPU without being asked for."""
-        elements = max(math.prod(self.shape.of(name)) for name in ("q", "k"))
-        return max(self.shape.logits, elements) > CPU_SIZE
+        return bool(self.shape.largest > CPU_SIZE)
 
     def rng(self, stream: str = "") -> np.random.Generator:
         """The case's own random numbers; ``stream`` names independent ones."""

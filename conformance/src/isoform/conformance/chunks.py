@@ -25,7 +25,7 @@ import numpy as np
 
 from isoform.conformance.case import Operands
 from isoform.conformance.dtypes import FORMATS, Array
-from isoform.reference.contract import AXES, Shape
+from isoform.reference.contract import Sizes
 from isoform.reference.numpy.evoformer_tiled import blocks
 
 Chunk = Mapping[str, slice]
@@ -91,7 +91,7 @@ def gpu_memory() -> Iterator[None]:
 
 
 def in_chunks(
-    step: Step, operands: Operands, processor: Processor | None = None
+    step: Step, operands: Operands, shape: Sizes, processor: Processor | None = None
 ) -> dict[str, tuple[Array, ...]]:
     """Do ``step`` a chunk at a time, and put the results together.
 
@@ -99,15 +99,13 @@ def in_chunks(
         step: Gives the results of a call that has only a chunk's operands, rounded nowhere. It must
             be written in NumPy's functions, and make no array but from its operands.
         operands: By name; ``lse`` and ``dout`` may be among them.
+        shape: The sizes of the call.
         processor: Where; by default the CPU for what is one chunk there, else a GPU if there is
             one.
 
     Returns:
         NumPy arrays by name, each in the shape of its result.
     """
-    B, S, Q, H, D = operands["q"].shape
-    K, G = operands["k"].shape[2:4]
-    shape = Shape(B, S, Q, K, H, G, D)
     if processor is None:
         processor = GPU if _largest(shape) > CPU.limit and gpu_present() else CPU
     if processor is GPU:
@@ -117,31 +115,34 @@ def in_chunks(
 
 
 def _summed(
-    step: Step, operands: Operands, shape: Shape, processor: Processor
+    step: Step, operands: Operands, shape: Sizes, processor: Processor
 ) -> dict[str, tuple[Array, ...]]:
     whole: dict[str, tuple[Array, ...]] = {}
     for chunk in chunks(shape, processor.limit):
-        given = {name: processor.put(x[_place(name, chunk)]) for name, x in operands.items()}
+        given = {name: processor.put(x[_place(name, shape, chunk)]) for name, x in operands.items()}
         for name, parts in step(given).items():
             found = tuple(processor.get(part) for part in parts)
             if all(length == slice(None) for length in chunk.values()):
                 whole[name] = found
                 continue
             if name not in whole:
-                whole[name] = tuple(np.zeros(shape.of(_like(name)), part.dtype) for part in found)
+                whole[name] = tuple(
+                    np.zeros(shape.of(_like(name, shape)), part.dtype) for part in found
+                )
             for total, part in zip(whole[name], found, strict=True):
-                total[_place(name, chunk)] += part
+                total[_place(name, shape, chunk)] += part
     return whole
 
 
-def chunks(shape: Shape, limit: int) -> Iterator[Chunk]:
-    """Split a call so that no array of a chunk has more than ``limit`` numbers, if possible.
+def chunks(shape: Sizes, limit: int) -> Iterator[Chunk]:
+    """Split a call of attention so that no array of a chunk has more than ``limit`` numbers, if
+    possible.
 
-    Examples are split before rows, rows before queries, and keys never. A call that fits is one
-    chunk, and so is one without logits.
+    Examples are split before rows (where there are any), rows before queries, and keys never. A
+    call that fits is one chunk, and so is one without logits.
     """
-    B, S, Q, K, H, _, D = vars(shape).values()
-    if _largest(shape) <= limit or shape.logits == 0:
+    B, S, Q, K, H, D = _sizes(shape)
+    if _largest(shape) <= limit or B * S * Q * K * H == 0:
         yield dict.fromkeys("BSQ", slice(None))
         return
     row = H * max(Q * K, Q * D, K * D)
@@ -152,17 +153,24 @@ def chunks(shape: Shape, limit: int) -> Iterator[Chunk]:
         yield dict(zip("BSQ", place, strict=True))
 
 
-def _largest(shape: Shape) -> int:
+def _sizes(shape: Sizes) -> tuple[int, ...]:
+    """B, S, Q, K, H and D of a call of attention; a call without rows has one."""
+    sizes = {"S": 1} | vars(shape)
+    return tuple(sizes[axis] for axis in "BSQKHD")
+
+
+def _largest(shape: Sizes) -> int:
     """Numbers in the largest array of a call: the logits, or q or k with all H heads."""
-    B, S, Q, K, H, _, D = vars(shape).values()
-    return int(B * S * H * max(Q * K, Q * D, K * D))
+    B, S, Q, K, H, D = _sizes(shape)
+    return B * S * H * max(Q * K, Q * D, K * D)
 
 
-def _like(name: str) -> str:
+def _like(name: str, shape: Sizes) -> str:
     """The operand or result that ``name`` has the axes of: its own, or x's where it is dx."""
-    return name if name in AXES else name.removeprefix("d")
+    return name if name in shape.axes else name.removeprefix("d")
 
 
-def _place(name: str, chunk: Chunk) -> tuple[slice, ...]:
+def _place(name: str, shape: Sizes, chunk: Chunk) -> tuple[slice, ...]:
     """Where in operand or result ``name`` a chunk lies."""
-    return tuple(chunk.get(axis, slice(None)) for axis in AXES[_like(name)].split())
+    axes = shape.axes[_like(name, shape)].split()
+    return tuple(chunk.get(axis, slice(None)) for axis in axes)

@@ -120,6 +120,12 @@ def _complete_implementations(incomplete: str) -> list[str]:
     return [name for name in registered() if name.startswith(incomplete)]
 
 
+def _complete_operations(incomplete: str) -> list[str]:
+    from isoform.conformance.signatures import SIGNATURES
+
+    return [name for name in SIGNATURES if name.startswith(incomplete)]
+
+
 def _complete_cases(incomplete: str) -> list[str]:
     from isoform.conformance.operations import CASES
 
@@ -191,6 +197,16 @@ Arrays = Annotated[
     Framework,
     typer.Option("--framework", help="Whose arrays a bare function given by --impl takes."),
 ]
+OfOperation = Annotated[
+    str,
+    typer.Option(
+        "--operation",
+        metavar="OPERATION",
+        help="Which operation a bare function given by --impl is, such as attention. "
+        "[dim]What its operands say, if not said; for q, k, v: evoformer_attention.[/]",
+        autocompletion=_complete_operations,
+    ),
+]
 Json = Annotated[
     str,
     typer.Option(
@@ -228,17 +244,20 @@ def _say(message: str) -> None:
     line(console(stderr=True), (message, "dim"))
 
 
-def _find(name: str, framework: str) -> Implementation | str:
+def _find(name: str, framework: str, operation: str = "") -> Implementation | str:
     """The implementation that ``name`` or ``module:OBJECT`` names, or why there is none."""
     from isoform.conformance.case import UnknownName
     from isoform.conformance.frameworks import framework as library
     from isoform.conformance.registry import Unavailable, find
+    from isoform.conformance.signatures import SIGNATURES
 
+    if operation and operation not in SIGNATURES:
+        return str(UnknownName("operation", operation, SIGNATURES.keys()))
     module, _, attribute = name.partition(":")
     if module.endswith(".py"):
         return f"{name}: name the module, not its file: {Path(module).stem}:{attribute}"
     try:
-        found = find(name, framework=framework)
+        found = find(name, framework=framework, operation=operation or None)
         library(found.framework)
     except (UnknownName, Unavailable, TypeError) as problem:
         return str(problem)
@@ -258,16 +277,16 @@ def _where(problem: Exception) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
 
 
-def _load(name: str, framework: str) -> Implementation:
+def _load(name: str, framework: str, operation: str = "") -> Implementation:
     """The implementation that ``name`` names; leaves if there is none."""
-    found = _find(name, framework)
+    found = _find(name, framework, operation)
     if isinstance(found, str):
         _fail(found)
     return found
 
 
 def _implementations(
-    names: Sequence[str], framework: str, device: str
+    names: Sequence[str], framework: str, operation: str, device: str
 ) -> tuple[list[Implementation], dict[str, str]]:
     """All that are named, each once, and where those were found that are not registered.
 
@@ -280,10 +299,10 @@ def _implementations(
         for name in registered():
             if isinstance(found := _find(name, framework), str):
                 _say(f"not judged: {found}")
-            elif device in found.capabilities.devices:
+            elif any(device in one.capabilities.devices for one in found.offers):
                 there.append(found)
         return there, {}
-    loaded = {name: _load(name, framework) for name in dict.fromkeys(names)}
+    loaded = {name: _load(name, framework, operation) for name in dict.fromkeys(names)}
     called = [implementation.name for implementation in loaded.values()]
     chosen = [  # two that have the same name are called what they were given as
         replace(found, name=name) if called.count(found.name) > 1 else found
@@ -452,6 +471,7 @@ def list_(
     tag: Tag = None,
     dtype: Dtype = None,
     framework: Arrays = Framework.torch,
+    operation: OfOperation = "",
     json: Json = "",
 ) -> None:
     """List implementations and whether they can run here, their capabilities, or the cases."""
@@ -469,7 +489,7 @@ def list_(
         else:
             print_cases(console(), chosen)
         return
-    entries = _entries(names or (), framework)
+    entries = _entries(names or (), framework, operation)
     if json:
         import json as js
 
@@ -477,31 +497,36 @@ def list_(
     elif capabilities:
         for name, entry in entries.items():
             if entry["available"]:
-                print_capabilities(console(), name, entry["capabilities"])
+                for declared in entry["capabilities"].values():
+                    print_capabilities(console(), name, declared)
             else:
                 _say(f"{entry['why']}")
     else:
         print_implementations(console(), entries)
 
 
-def _entries(names: Sequence[str], framework: str) -> dict[str, dict[str, Any]]:
+def _entries(names: Sequence[str], framework: str, operation: str) -> dict[str, dict[str, Any]]:
     """Implementations as plain data: those named, or all that are registered."""
     from isoform.conformance.registry import registered
     from isoform.conformance.run import declared
 
     entries: dict[str, dict[str, Any]] = {}
     for name in names or registered():
-        found = _load(name, framework) if names else _find(name, framework)
+        found = _load(name, framework, operation) if names else _find(name, framework)
         if isinstance(found, str):
             entries[name] = {"available": False, "why": found}
             continue
         entries[found.name] = {
             "available": True,
             "framework": found.framework,
-            "operation": found.operation,
             "capabilities": declared(found),
         }
     return entries
+
+
+def _plain_option(x: Any) -> Any:
+    """An argument as JSON can hold it: what is no number and no word, as Python writes it."""
+    return x if x is None or isinstance(x, bool | int | float | str) else repr(x)
 
 
 def _cases_as_json(cases: Sequence[Case]) -> str:
@@ -517,7 +542,7 @@ def _cases_as_json(cases: Sequence[Case]) -> str:
                 "operands": sorted(case.operands),
                 "values": case.values,
                 "layout": case.layout,
-                "scale": case.scale,
+                "options": {name: _plain_option(x) for name, x in case.options},
                 "differentiate": case.differentiate,
                 "large": case.large,
                 "tags": sorted(case.tags),
@@ -557,6 +582,7 @@ def check(
     device: OnDevice = Device.cpu,
     large: Large = False,
     framework: Arrays = Framework.torch,
+    operation: OfOperation = "",
     json: Json = "",
     junit: Junit = None,
     html: Html = None,
@@ -576,14 +602,16 @@ def check(
     from isoform.conformance.verdicts import GROUPS
 
     groups = group or GROUPS
-    invalid = {operation.probe.id for operation in OPERATIONS.values()}
+    invalid = {operation.probe.id: name for name, operation in OPERATIONS.items()}
     memory = {
-        operation.memory_case(length).id
-        for operation in OPERATIONS.values()
+        operation.memory_case(length).id: name
+        for name, operation in OPERATIONS.items()
         for length in MEMORY_LENGTHS
     }
     cases, once = _cases(case, tag, dtype, sorted(invalid | memory))
-    chosen, sources = _implementations([*(names or ()), *(impl or ())], framework, device)
+    chosen, sources = _implementations(
+        [*(names or ()), *(impl or ())], framework, operation, device
+    )
     architecture = _architecture(device)
 
     interrupted = False
@@ -596,8 +624,8 @@ def check(
                 device=device,
                 architecture=architecture,
                 large=large,
-                invalid_calls=bool(invalid & once),
-                memory=bool(memory & once),
+                invalid_calls={invalid[name] for name in once & invalid.keys()},
+                memory={memory[name] for name in once & memory.keys()},
                 progress=lambda whom, what: step(f"{whom.name} {what.id}"),
             )
         except Interrupted as interruption:
@@ -643,6 +671,7 @@ def compare(
     device: OnDevice = Device.cpu,
     large: Large = False,
     framework: Arrays = Framework.torch,
+    operation: OfOperation = "",
     json: Json = "",
 ) -> None:
     """Run two implementations on the same operands and show how far apart they are.
@@ -656,7 +685,7 @@ def compare(
     from isoform.conformance.console import console, print_comparison, progress
 
     cases, _ = _cases(case, tag, dtype)
-    first, second = _load(a, framework), _load(b, framework)
+    first, second = _load(a, framework, operation), _load(b, framework, operation)
     if first.name == second.name:
         first, second = replace(first, name=a), replace(second, name=b if a != b else f"{b} again")
     architecture = _architecture(device)
@@ -756,6 +785,7 @@ def replay(
     group: Groups = None,
     device: OnDevice = Device.cpu,
     framework: Arrays = Framework.torch,
+    operation: OfOperation = "",
     json: Json = "",
     junit: Junit = None,
     html: Html = None,
@@ -778,7 +808,7 @@ def replay(
         most = len(cases(file)) + 1
     except ValueError as problem:
         _fail(str(problem))
-    chosen, sources = _implementations(impl or (), framework, device)
+    chosen, sources = _implementations(impl or (), framework, operation, device)
     architecture = _architecture(device)
     interrupted = False
     try:
@@ -849,11 +879,17 @@ def demo(
     _conclude(record, json=json, quiet=quiet, failures=failures, interrupted=interrupted, note=note)
 
 
-@app.command(cls=_Command, epilog=_epilog("isoform calibrate", codes=False))
+@app.command(
+    cls=_Command,
+    epilog=_epilog("isoform calibrate", "isoform calibrate rotary_embedding", codes=False),
+)
 def calibrate(
-    operation: Annotated[
-        str, typer.Argument(metavar="OPERATION", help="The operation to calibrate.")
-    ] = "evoformer_attention",
+    operations: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="OPERATION", help="The operations to calibrate. Without any: all of them."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where: cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure how much error implementations known to be right make, and put it in force.
@@ -868,21 +904,24 @@ def calibrate(
     from isoform.conformance.operations import OPERATIONS
     from isoform.conformance.registry import Unavailable
 
-    if operation not in OPERATIONS:
-        _fail(str(UnknownName("operation", operation, OPERATIONS.keys())))
+    chosen = list(dict.fromkeys(operations or OPERATIONS))
+    for operation in chosen:
+        if operation not in OPERATIONS:
+            _fail(str(UnknownName("operation", operation, OPERATIONS.keys())))
     try:
         from isoform.conformance.calibrate import calibrate as measure
         from isoform.conformance.calibrate import save
     except ModuleNotFoundError as missing:
         _fail(str(Unavailable("isoform calibrate", missing)))
-    smaller = [case for case in OPERATIONS[operation].cases.values() if not case.large]
-    try:
-        with progress(len(smaller)) as step:
-            record = measure(operation, device=device, progress=lambda case: step(case.id))
-        save(record)
-    except RuntimeError as fault:
-        _fail(str(fault))
-    _say(f"recorded in {calibration_path(operation)}")
+    for operation in chosen:
+        smaller = [case for case in OPERATIONS[operation].cases.values() if not case.large]
+        try:
+            with progress(len(smaller)) as step:
+                record = measure(operation, device=device, progress=lambda case: step(case.id))
+            save(record)
+        except RuntimeError as fault:
+            _fail(str(fault))
+        _say(f"recorded in {calibration_path(operation)}")
 
 
 @app.command(cls=_Command)

@@ -128,7 +128,7 @@ def compare(
 
     Args:
         a: The first implementation.
-        b: The second; of the same operation.
+        b: The second; what not both offer is skipped.
         cases: On what.
         device: Where.
         architecture: The GPU's architecture, where it is one.
@@ -142,13 +142,15 @@ def compare(
         if case.large and device == "cpu" and not large:
             skipped[case.id] = "too large for a CPU; --large runs it"
             continue
-        if case.operation != a.operation or case.operation != b.operation:
+        first, second = a.of(case.operation), b.of(case.operation)
+        if first is None or second is None:
             skipped[case.id] = f"not both do {case.operation}"
             continue
         truth = expected(case, case.differentiate)
         try:
             results = {
-                side.name: _results(side, case, truth, device, architecture) for side in (a, b)
+                side.name: _results(side, case, truth, device, architecture)
+                for side in (first, second)
             }
         except _NotRun as reason:
             skipped[case.id] = str(reason)
@@ -163,7 +165,7 @@ def compare(
             if len(shapes) > 1:
                 skipped[f"{case.id} {result}"] = f"shapes {', '.join(map(str, sorted(shapes)))}"
                 continue
-            differences.append(_difference((a, b), case, result, pair, truth))
+            differences.append(_difference((first, second), case, result, pair, truth))
     return Comparison(a.name, b.name, tuple(differences), skipped, environment((a, b), device))
 
 
@@ -182,14 +184,18 @@ def _results(
         raise _NotRun(f"{implementation.name}: {'; '.join(reasons)}")
     gradients = [
         name
-        for name in operation.differentiable
+        for name in operation.differentiable(case)
         if f"d{name}" in truth.results and name in capabilities.gradients
     ]
     library = framework(implementation.framework)
     operands = library.upload(truth.operands, device)
     try:
         returned = library.run(
-            implementation, operands, case.scale, lse=capabilities.lse, gradients=gradients
+            implementation,
+            operands,
+            dict(case.options),
+            lse=capabilities.lse,
+            gradients=gradients,
         )
     except Exception as exception:  # whatever an implementation raises is its answer
         summary = f"{type(exception).__name__}: {exception}".splitlines()[0]

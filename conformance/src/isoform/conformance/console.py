@@ -268,9 +268,12 @@ def print_implementations(to: Console, entries: Mapping[str, dict[str, Any]]) ->
     widest = max(map(len, entries), default=0)
     for name, entry in entries.items():
         if entry["available"]:
-            declared = entry["capabilities"]
-            dtypes = [each.short for key, each in FORMATS.items() if key in declared["dtypes"]]
-            note = f"{entry['framework']} arrays, {_list(declared['devices'])}, {_list(dtypes)}"
+            declared = entry["capabilities"].values()
+            known = {dtype for each in declared for dtype in each["dtypes"]}
+            devices = sorted({device for each in declared for device in each["devices"]})
+            dtypes = [each.short for key, each in FORMATS.items() if key in known]
+            offered = _list([*entry["capabilities"]])
+            note = f"{offered}; {entry['framework']} arrays, {_list(devices)}, {_list(dtypes)}"
         else:
             note = str(entry["why"]).removeprefix(f"{name} ")
         mark = ("✓ ", "green") if entry["available"] else ("✗ ", "yellow")
@@ -291,9 +294,15 @@ def print_capabilities(to: Console, name: str, declared: Mapping[str, Any]) -> N
 
 def described(declared: Mapping[str, Any]) -> dict[str, str]:
     """Capabilities, which are plain data, in words."""
+    from isoform.conformance.signatures import SIGNATURES
+
     low, high = declared["head_dims"]
     multiple = declared["head_dim_multiple"]
-    arithmetic = declared["arithmetic"]
+    signature = SIGNATURES[declared["operation"]]
+    attention = {
+        "grouped heads": _yes(declared["grouped_heads"]),
+        "returns lse": _yes(declared["lse"]),
+    }
     return {
         "operation": str(declared["operation"]),
         "arrays": str(declared["framework"]),
@@ -304,11 +313,12 @@ def described(declared: Mapping[str, Any]) -> dict[str, str]:
         "lengths": f"from {declared['min_length']}",
         "operands": _list(declared["operands"]),
         "gradients of": _list(declared["gradients"]),
-        "grouped heads": _yes(declared["grouped_heads"]),
-        "returns lse": _yes(declared["lse"]),
+        **(attention if signature.lse else {}),
         "deterministic": _yes(declared["deterministic"]),
         "memory": f"{declared['memory']} in the length",
-        "arithmetic": ", ".join(f"{step} {kind}" for step, kind in arithmetic.items()),
+        "arithmetic": ", ".join(
+            f"{step} {declared['arithmetic'][step]}" for step in signature.arithmetic
+        ),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ import numpy as np
 from isoform.conformance.case import Operands
 from isoform.conformance.dtypes import Array
 from isoform.conformance.implementation import Implementation
-from isoform.reference.contract import DIFFERENTIABLE, Unsupported
+from isoform.conformance.signatures import SIGNATURES
+from isoform.reference.contract import Unsupported
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -39,12 +40,14 @@ class Framework(Protocol):
         self,
         implementation: Implementation,
         operands: dict[str, Any],
-        scale: float | None,
+        options: Mapping[str, Any],
         *,
         lse: bool,
         gradients: Sequence[str],
     ) -> dict[str, Any]:
-        """One call: the library's arrays of the results by name."""
+        """One call, with ``options`` beside the operands: the library's arrays of the results by
+        name.
+        """
 
     def peak_memory(self, run: Callable[[], object], device: str) -> int:
         """Bytes that ``run`` holds at most above what was held before."""
@@ -69,11 +72,9 @@ def framework(name: str) -> Framework:
     return found
 
 
-def _arguments(operands: dict[str, Any], scale: float | None, lse: bool) -> dict[str, Any]:
+def _arguments(operands: dict[str, Any], options: Mapping[str, Any], lse: bool) -> dict[str, Any]:
     """The call's arguments: only what it uses, so that narrower signatures are served too."""
-    arguments = {name: x for name, x in operands.items() if name != "dout"}
-    if scale is not None:
-        arguments["scale"] = scale
+    arguments = {name: x for name, x in operands.items() if name != "dout"} | dict(options)
     if lse:
         arguments["return_lse"] = True
     return arguments
@@ -91,7 +92,7 @@ def _named(returned: Any, lse: bool) -> dict[str, Any]:
 def _by_backward(
     implementation: Implementation,
     operands: dict[str, Any],
-    scale: float | None,
+    options: Mapping[str, Any],
     *,
     lse: bool,
     gradients: Sequence[str],
@@ -103,16 +104,29 @@ def _by_backward(
     """
     if gradients and implementation.backward is None:
         raise Unsupported([f"gradient of {name}" for name in gradients], implementation.name)
-    results = _named(implementation.forward(**_arguments(operands, scale, lse)), lse)
+    results = _named(implementation.forward(**_arguments(operands, options, lse)), lse)
     if gradients:
         assert implementation.backward is not None
-        found = implementation.backward(operands["dout"], **_arguments(operands, scale, lse=False))
-        if isinstance(found, tuple | list) and not hasattr(found, "dq"):
-            named = zip(DIFFERENTIABLE, found, strict=True)
-            results |= {f"d{name}": x for name, x in named if name in gradients}
-        else:
-            results |= {f"d{name}": getattr(found, f"d{name}") for name in gradients}
+        signature = SIGNATURES[implementation.operation]
+        saved = {name: x for name, x in operands.items() if name not in signature.forward_only}
+        found = implementation.backward(operands["dout"], **_arguments(saved, options, lse=False))
+        named = _gradients(found, signature.differentiable)
+        results |= {f"d{name}": named(name) for name in gradients}
     return results
+
+
+def _gradients(found: Any, differentiable: Sequence[str]) -> Callable[[str], Any]:
+    """What a backward returned, by operand: it has attributes, or the contract's order, or is the
+    only gradient that there is.
+    """
+    if hasattr(found, f"d{differentiable[0]}"):
+        return lambda name: getattr(found, f"d{name}")
+    in_order = found if isinstance(found, tuple | list) else (found,)
+    return dict(zip(differentiable, in_order, strict=True)).__getitem__
+
+
+def _is_float(x: Array) -> bool:
+    return x.dtype.kind not in "biu"  # bfloat16's is not "f"
 
 
 class _NumPy:
@@ -129,12 +143,12 @@ class _NumPy:
         self,
         implementation: Implementation,
         operands: dict[str, Any],
-        scale: float | None,
+        options: Mapping[str, Any],
         *,
         lse: bool,
         gradients: Sequence[str],
     ) -> dict[str, Any]:
-        results = _by_backward(implementation, operands, scale, lse=lse, gradients=gradients)
+        results = _by_backward(implementation, operands, options, lse=lse, gradients=gradients)
         return {name: np.asarray(x) for name, x in results.items()}
 
     def peak_memory(self, run: Callable[[], object], device: str) -> int:
@@ -149,7 +163,7 @@ class _NumPy:
 
     def poison(self, operands: dict[str, Any]) -> None:
         for _ in range(2):  # as many as a call returns arrays of a size, forward and backward
-            [np.full(x.shape, np.nan, np.float64).astype(x.dtype) for x in operands.values()]
+            [np.full(x.shape, np.nan).astype(x.dtype) for x in operands.values() if _is_float(x)]
 
     def other_dtype(self, x: Any) -> Any:
         return x.astype(np.float64 if x.dtype != np.float64 else np.float32)
@@ -215,15 +229,15 @@ class _Torch:
         self,
         implementation: Implementation,
         operands: dict[str, Any],
-        scale: float | None,
+        options: Mapping[str, Any],
         *,
         lse: bool,
         gradients: Sequence[str],
     ) -> dict[str, Any]:
         if implementation.backward is None:
-            results = self._by_autograd(implementation, operands, scale, lse, gradients)
+            results = self._by_autograd(implementation, operands, options, lse, gradients)
         else:
-            results = _by_backward(implementation, operands, scale, lse=lse, gradients=gradients)
+            results = _by_backward(implementation, operands, options, lse=lse, gradients=gradients)
         for name, x in results.items():
             if not isinstance(x, self.torch.Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -235,7 +249,7 @@ class _Torch:
         self,
         implementation: Implementation,
         operands: dict[str, Any],
-        scale: float | None,
+        options: Mapping[str, Any],
         lse: bool,
         gradients: Sequence[str],
     ) -> dict[str, Any]:
@@ -245,7 +259,7 @@ class _Torch:
             for name, x in operands.items()
         }
         with torch.set_grad_enabled(bool(gradients)):
-            returned = implementation.forward(**_arguments(leaves, scale, lse))
+            returned = implementation.forward(**_arguments(leaves, options, lse))
         results = _named(returned, lse)
         if gradients:
             found = torch.autograd.grad(
@@ -281,8 +295,9 @@ class _Torch:
     def poison(self, operands: dict[str, Any]) -> None:
         for _ in range(2):
             [
-                self.torch.full_like(x, True if x.dtype == self.torch.bool else self.torch.nan)
+                self.torch.full_like(x, self.torch.nan)
                 for x in operands.values()
+                if x.is_floating_point()
             ]
 
     def other_dtype(self, x: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def judge(
     """Judge ``implementation`` on ``case``.
 
     Args:
-        implementation: Whom to judge.
+        implementation: Whom to judge; it offers the case's operation.
         case: On what.
         groups: Which groups of checks.
         device: Where to run it.
@@ -46,9 +47,15 @@ def judge(
 
     Returns:
         One outcome per check; at least one, and ``not run`` with the reason where nothing ran.
+
+    Raises:
+        ValueError: It does not offer the operation, or there is no such group of checks.
     """
-    library = framework(implementation.framework)
-    trial = _Trial(implementation, case, library, device, architecture)
+    offered = implementation.of(case.operation)
+    if offered is None:
+        raise ValueError(f"{implementation.name} does not offer {case.operation}")
+    library = framework(offered.framework)
+    trial = _Trial(offered, case, library, device, architecture)
     ordered = [group for group in GROUPS if group in groups]
     if not ordered:
         raise ValueError(f"groups must be some of {', '.join(GROUPS)}, got {list(groups)}")
@@ -89,11 +96,7 @@ class _Trial:
         differentiates = self.case.differentiate and not {"gradients", "precision"}.isdisjoint(
             groups
         )
-        present = [
-            name
-            for name in self.operation.differentiable
-            if differentiates and (name in ("q", "k", "v") or name in self.case.operands)
-        ]
+        present = self.operation.differentiable(self.case) if differentiates else []
         gradients = [name for name in present if name in declared.gradients]
         declined = self.reasons()
         lse = declared.lse and not declined
@@ -131,7 +134,7 @@ class _Trial:
         if declined:
             return
 
-        if "conformance" in groups and not declared.lse:
+        if "conformance" in groups and self.operation.signature.lse and not declared.lse:
             yield from self.undeclared("conformance", "lse", operands, truth, lse=True)
         if "gradients" in groups and len(gradients) < len(present):
             yield from self.undeclared("gradients", "gradients", operands, truth, gradients=present)
@@ -143,7 +146,11 @@ class _Trial:
         start = time.perf_counter()
         try:
             results = self.library.run(
-                self.implementation, operands, self.case.scale, lse=lse, gradients=gradients
+                self.implementation,
+                operands,
+                dict(self.case.options),
+                lse=lse,
+                gradients=gradients,
             )
         except Exception as exception:
             return _Answer(None, exception, time.perf_counter() - start)
@@ -248,7 +255,7 @@ class _Trial:
         # a call with other operands in between, then the same again
         lse = "lse" in results
         gradients = [name[1:] for name in results if name not in FORWARD]
-        others = {name: x if x.dtype == bool else -x[..., ::-1] for name, x in before.items()}
+        others = {name: x if x.dtype.kind in "biu" else -x[..., ::-1] for name, x in before.items()}
         self.ask(self.library.upload(others, self.device), lse=lse, gradients=gradients)
         kept = self.downloaded(returned)
         overwritten = [name for name in results if not _same(results[name], kept[name])]
@@ -345,14 +352,22 @@ def _same(a: Array, b: Array) -> bool:
 
 
 def judge_invalid_calls(implementation: Implementation, device: str = "cpu") -> list[Outcome]:
-    """Whether every wrong call gets the right exception, which names the operand (EVO-12)."""
+    """Whether every wrong call gets the right exception, which names the operand (EVO-12).
+
+    Of the operations that the implementation offers, each has its own wrong calls.
+    """
+    return [
+        outcome for one in implementation.offers for outcome in _judge_invalid_calls(one, device)
+    ]
+
+
+def _judge_invalid_calls(implementation: Implementation, device: str) -> list[Outcome]:
     operation = OPERATIONS[implementation.operation]
     capabilities = implementation.capabilities
     library = framework(implementation.framework)
     if device not in library.devices():
         trial = _Trial(implementation, operation.probe, library, device, "")
         return [trial.outcome("conformance", "invalid", Verdict.NOT_RUN, _absent(device))]
-    offered = capabilities.operands | {"q", "k", "v", "dout"}
     probe = replace(
         operation.probe,
         dtype=next(name for name in _PROBE_DTYPES if name in capabilities.dtypes),
@@ -364,15 +379,14 @@ def judge_invalid_calls(implementation: Implementation, device: str = "cpu") -> 
 
     outcomes = []
     for invalid in operation.invalid_calls:
-        about = invalid.name.split(":")[0]
-        if about not in (*offered, "scale", "heads") or (
-            about == "heads" and not capabilities.grouped_heads
+        asked = operation.signature.optional.get(invalid.about, frozenset())
+        if not asked <= capabilities.operands or (
+            invalid.about == "heads" and not capabilities.grouped_heads
         ):
             continue
-        spoiled = invalid.spoil(operands | {"scale": None}, library)
-        scale = spoiled.pop("scale")
+        spoiled = invalid.spoil(operands | dict(probe.options), library)
         try:
-            library.run(implementation, spoiled, scale, lse=False, gradients=[])
+            library.run(implementation, spoiled, {}, lse=False, gradients=[])
         except invalid.raises as exception:
             fault = (
                 ""
@@ -398,8 +412,14 @@ MEMORY_GROWTH = 1.25
 """What counts as linear: the exponent of the growth from the second length to the third."""
 
 
-def judge_memory(implementation: Implementation, device: str = "cpu") -> Outcome:
-    """Whether peak memory grows with the length, not with its square, where so declared."""
+def judge_memory(implementation: Implementation, device: str = "cpu") -> list[Outcome]:
+    """Whether peak memory grows with the length, not with its square, where so declared: one
+    outcome for each operation that the implementation offers.
+    """
+    return [_judge_memory(one, device) for one in implementation.offers]
+
+
+def _judge_memory(implementation: Implementation, device: str) -> Outcome:
     operation = OPERATIONS[implementation.operation]
     capabilities = implementation.capabilities
     library = framework(implementation.framework)
@@ -413,15 +433,17 @@ def judge_memory(implementation: Implementation, device: str = "cpu") -> Outcome
         if reasons := trial.reasons():
             return trial.outcome("conformance", "memory", Verdict.NOT_RUN, "; ".join(reasons))
         operands = library.upload(operation.draw(case), device)
-        gradients = [name for name in operands if name in capabilities.gradients]
-
-        def call(operands: Any = operands, gradients: Any = gradients) -> object:
-            return library.run(
-                implementation, operands, None, lse=capabilities.lse, gradients=gradients
-            )
+        run = partial(
+            library.run,
+            implementation,
+            operands,
+            dict(case.options),
+            lse=capabilities.lse,
+            gradients=[name for name in operands if name in capabilities.gradients],
+        )
 
         try:
-            peaks.append(library.peak_memory(call, device))
+            peaks.append(library.peak_memory(run, device))
         except Exception as exception:
             return trial.failed("conformance", "memory", _Answer(None, exception, 0.0))
     if not all(peaks):

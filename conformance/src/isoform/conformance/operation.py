@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from isoform.conformance.case import Case, Operands
 from isoform.conformance.dtypes import Array
 from isoform.conformance.frameworks import Framework
+from isoform.conformance.signatures import Signature
 from isoform.reference.contract import Arithmetic, Call
 
 
@@ -43,7 +44,7 @@ class InvalidCall:
     """A wrong call, and the answer it must get (rule EVO-12).
 
     Attributes:
-        name: What is wrong, in a few words.
+        name: The argument that is wrong, a colon, and what is wrong with it in a few words.
         spoil: Makes the arguments wrong.
         raises: The exception that answers it.
         says: What its message must contain: the operand.
@@ -53,6 +54,11 @@ class InvalidCall:
     spoil: Callable[[dict[str, Any], Framework], dict[str, Any]]
     raises: type[Exception]
     says: str
+
+    @property
+    def about(self) -> str:
+        """The argument that is wrong."""
+        return self.name.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,9 @@ class Operation:
     """An operation, described for the judge.
 
     Attributes:
-        name: Its name: of the function, and in capabilities.
+        signature: Its arguments and results.
+        short: What its cases' ids begin with; the package here that describes it has this name too.
         cases: Its cases by id.
-        differentiable: Operands that have a gradient; that of ``x`` is the result ``dx``.
         draw: The operands of a case, cotangent ``dout`` included.
         call_for: The call that a case makes.
         reference: The oracle: float64 results by name (with gradients if wanted) for operands.
@@ -85,18 +91,28 @@ class Operation:
         memory_case: A case of a given length, to see how peak memory grows.
     """
 
-    name: str
+    signature: Signature
+    short: str
     cases: Mapping[str, Case]
-    differentiable: tuple[str, ...]
     draw: Callable[[Case], Operands]
     call_for: CallFor
     reference: Callable[[Operands, Case, bool], Operands]
     conditions: Callable[[Operands, Case, Operands, bool], dict[str, Condition]]
     twin: Callable[[Operands, Case, Arithmetic, bool], Operands]
-    zeros: Callable[[Operands, Operands], dict[str, Array]]
+    zeros: Callable[[Operands, Case, Operands], dict[str, Array]]
     invalid_calls: tuple[InvalidCall, ...]
     probe: Case
     memory_case: Callable[[int], Case]
+
+    @property
+    def name(self) -> str:
+        """Its name: of the function, and in capabilities."""
+        return self.signature.operation
+
+    def differentiable(self, case: Case) -> list[str]:
+        """The operands of ``case`` that have a gradient."""
+        present = {*self.signature.required, *case.operands}
+        return [name for name in self.signature.differentiable if name in present]
 
     def operands(self, case: Case) -> Operands:
         """The operands of ``case``: read where they were recorded, else drawn."""

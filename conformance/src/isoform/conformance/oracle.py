@@ -48,7 +48,7 @@ def expected(case: Case, gradients: bool) -> Expected:
         operands,
         results,
         operation.conditions(operands, case, results, gradients),
-        operation.zeros(operands, results),
+        operation.zeros(operands, case, results),
     )
 
 

@@ -24,7 +24,7 @@ from isoform.conformance.run import Run
 from isoform.conformance.summary import dtype, shares
 from isoform.conformance.verdicts import Outcome
 
-RESULTS = ("out", "lse", "dq", "dk", "dv", "dmask_bias", "dpair_bias", "dgate")
+RESULTS = ("out", "lse", "dq", "dk", "dv", "dmask_bias", "dpair_bias", "dgate", "dx")
 """Results in the order that they are shown in; others follow."""
 
 # Colours that are drawn with, and what the page calls them.

@@ -20,6 +20,7 @@ from isoform.conformance.case import Case, UnknownName, select
 from isoform.conformance.implementation import FRAMEWORKS, Implementation
 from isoform.conformance.operations import CASES
 from isoform.conformance.registry import Unavailable, find
+from isoform.conformance.signatures import SIGNATURES
 from isoform.conformance.verdicts import GROUPS
 
 JUDGED = pytest.StashKey[tuple[Sequence[Implementation], Sequence[Case]]]()
@@ -59,6 +60,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="torch",
         help="whose arrays a bare function takes (default: torch)",
     )
+    group.addoption(
+        "--operation",
+        choices=SIGNATURES,
+        help="which operation a bare function is (default: what its operands say)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,7 +74,10 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     try:
         config.stash[JUDGED] = (
-            [find(name, framework=option.framework) for name in option.impl],
+            [
+                find(name, framework=option.framework, operation=option.operation)
+                for name in option.impl
+            ],
             select(CASES, patterns=option.case, tags=option.tag, dtypes=option.dtype),
         )
     except (UnknownName, Unavailable, TypeError) as fault:
@@ -85,7 +94,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         message = "whom to judge? give --impl NAME or --impl module:OBJECT"
         pytest.fail(message, pytrace=False)
     if "isoform_case" not in names:
-        metafunc.parametrize("isoform_implementation", implementations, ids=lambda i: i.name)
+        wanted = {case.operation for case in cases}
+        offered = [
+            one
+            for implementation in implementations
+            for one in implementation.offers
+            if one.operation in wanted
+        ]
+        metafunc.parametrize(
+            "isoform_implementation", offered, ids=lambda one: f"{one.name}-{one.operation}"
+        )
         return
     metafunc.parametrize(
         ("isoform_case", "isoform_implementation"),
@@ -93,7 +111,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(case, implementation, id=f"{case.id}-{implementation.name}")
             for case in cases
             for implementation in implementations
-            if implementation.operation == case.operation
+            if implementation.of(case.operation) is not None
         ],
     )
 

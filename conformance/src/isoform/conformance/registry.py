@@ -41,12 +41,13 @@ def registered() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in sorted(entry_points(group=GROUP))}
 
 
-def find(name: str, *, framework: str = "torch") -> Implementation:
+def find(name: str, *, framework: str = "torch", operation: str | None = None) -> Implementation:
     """The implementation called ``name``, or the object that ``module:OBJECT`` names.
 
     Args:
         name: A registered name, or ``module:OBJECT``; modules in the current directory are found.
         framework: Whose arrays a bare function takes.
+        operation: Which operation a bare function is; None for what its signature says.
 
     Raises:
         UnknownName: There is no such implementation, module or object.
@@ -54,7 +55,7 @@ def find(name: str, *, framework: str = "torch") -> Implementation:
         TypeError: The object is no implementation.
     """
     if ":" in name:
-        return _load(name, framework)
+        return _load(name, framework, operation)
     entries = registered()
     if name not in entries:
         raise UnknownName("implementation", name, entries.keys())
@@ -64,7 +65,7 @@ def find(name: str, *, framework: str = "torch") -> Implementation:
         raise Unavailable(name, cause) from cause
 
 
-def _load(path: str, framework: str) -> Implementation:
+def _load(path: str, framework: str, operation: str | None) -> Implementation:
     module_name, _, attribute = path.partition(":")
     if not module_name:
         raise UnknownName("module", module_name, ())
@@ -80,4 +81,4 @@ def _load(path: str, framework: str) -> Implementation:
         if not hasattr(found, step):
             raise UnknownName(f"object in {module_name}", attribute, dir(found))
         found = getattr(found, step)
-    return adopt(found, framework=framework)
+    return adopt(found, framework=framework, operation=operation)

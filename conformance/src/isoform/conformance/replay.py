@@ -211,7 +211,7 @@ def _case(recording: Recording, call: RecordedCall) -> RecordedCase:
         dtype=asked.dtype,
         operands=frozenset(call.operands) & frozenset(OPTIONAL_OPERANDS),
         values="captured",
-        scale=call.scale,
+        options=() if call.scale is None else (("scale", call.scale),),
         differentiate=_finite(tensors),
         tags=frozenset({"captured", *([RANDOM] if lacking else [])}),
         note="; ".join(remarks),
@@ -322,6 +322,6 @@ def judge_recorded(
         return replace(record, environment=record.environment | provenance)
 
     try:
-        return described(run(implementations, chosen, invalid_calls=False, memory=False, **options))
+        return described(run(implementations, chosen, invalid_calls=(), memory=(), **options))
     except Interrupted as interruption:
         raise Interrupted(described(interruption.run)) from interruption

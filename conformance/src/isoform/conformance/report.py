@@ -16,9 +16,10 @@ from isoform.conformance.console import HEADERS, counts, number, status
 from isoform.conformance.dtypes import FORMATS
 from isoform.conformance.plots import budget_strips, dtypes, results, ulp_histogram
 from isoform.conformance.run import Run, write_whole
+from isoform.conformance.signatures import SIGNATURES, Signature
 from isoform.conformance.summary import Summary, Worst, dtype, idle, shares, summaries
 from isoform.conformance.verdicts import Verdict
-from isoform.reference.contract import DIFFERENTIABLE, FLOAT_DTYPES, OPTIONAL_OPERANDS
+from isoform.reference.contract import FLOAT_DTYPES
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -176,13 +177,34 @@ def _expected(found: Iterable[Summary]) -> tuple[tuple[str, str, tuple[str, ...]
     return tuple((name, reason, tuple(seen)) for (name, reason), seen in grouping.items())
 
 
-def _capabilities(run: Run) -> tuple[tuple[str, tuple[tuple[str, tuple[Any, ...]], ...]], ...]:
-    """What is declared: groups of rows, and in each row a value for every implementation, a bool
-    where it is a question of yes or no.
+@dataclass(frozen=True)
+class Declarations:
+    """What is declared of one operation: groups of rows, and in each row a value for every
+    implementation, a bool where it is a question of yes or no.
     """
-    declared = [run.capabilities[name] for name in run.implementations if name in run.capabilities]
-    if not declared:
-        return ()
+
+    operation: str
+    implementations: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[tuple[str, tuple[Any, ...]], ...]], ...]
+
+
+def _capabilities(run: Run) -> tuple[Declarations, ...]:
+    """What is declared of each operation that was judged."""
+    found = (
+        _declarations(run, signature)
+        for signature in SIGNATURES.values()
+        if any(signature.operation in declared for declared in run.capabilities.values())
+    )
+    return tuple(found)
+
+
+def _declarations(run: Run, signature: Signature) -> Declarations:
+    by_name = {
+        name: run.capabilities[name][signature.operation]
+        for name in run.implementations
+        if signature.operation in run.capabilities.get(name, {})
+    }
+    declared = by_name.values()
 
     def has(field: str, names: Iterable[str]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
         return tuple((name, tuple(name in each[field] for each in declared)) for name in names)
@@ -191,16 +213,19 @@ def _capabilities(run: Run) -> tuple[tuple[str, tuple[tuple[str, tuple[Any, ...]
         return label, tuple(words(each) for each in declared)
 
     devices = sorted({device for each in declared for device in each["devices"]})
-    return (
+    attention = (
+        said("returns lse", lambda each: each["lse"]),
+        said("grouped heads", lambda each: each["grouped_heads"]),
+    )
+    groups = (
         ("dtypes", has("dtypes", FLOAT_DTYPES)),
-        ("operands", has("operands", OPTIONAL_OPERANDS)),
-        ("gradients of", has("gradients", DIFFERENTIABLE)),
+        ("operands", has("operands", _in_order(signature))),
+        ("gradients of", has("gradients", signature.differentiable)),
         ("devices", has("devices", devices)),
         (
             "behaviour",
             (
-                said("returns lse", lambda each: each["lse"]),
-                said("grouped heads", lambda each: each["grouped_heads"]),
+                *(attention if signature.lse else ()),
                 said("empty axes", lambda each: each["min_length"] == 0),
                 said("deterministic", lambda each: each["deterministic"]),
                 said("memory linear in the length", lambda each: each["memory"] == "linear"),
@@ -210,11 +235,20 @@ def _capabilities(run: Run) -> tuple[tuple[str, tuple[tuple[str, tuple[Any, ...]
             "sizes and arithmetic",
             (
                 said("head dims", _head_dims),
-                said("probabilities rounded to", lambda each: each["arithmetic"]["probabilities"]),
-                said("sums in", lambda each: each["arithmetic"]["accumulate"]),
+                *(
+                    said(f"{step} in", lambda each, step=step: each["arithmetic"][step])
+                    for step in signature.arithmetic
+                ),
             ),
         ),
     )
+    return Declarations(signature.operation, tuple(by_name), groups)
+
+
+def _in_order(signature: Signature) -> list[str]:
+    """What an implementation may offer, in the order of the signature."""
+    asked = (sorted(names) for names in signature.optional.values())
+    return [*sorted(signature.basic), *(name for names in asked for name in names)]
 
 
 def _head_dims(declared: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from isoform.conformance.verdicts import (
     Verdict,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON that :meth:`Run.as_json` writes."""
 
 Progress = Callable[[Implementation, Case], None]
@@ -39,13 +39,14 @@ class Run:
 
     Attributes:
         outcomes: One for every check.
-        capabilities: What each implementation declares, by its name, as plain data.
+        capabilities: What each implementation declares, by its name and the operations that it was
+            judged on, as plain data.
         environment: Date, versions, processor: what someone needs to see it again.
         sources: ``module:OBJECT`` of each implementation that is not a registered one, by name.
     """
 
     outcomes: tuple[Outcome, ...]
-    capabilities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    capabilities: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -158,8 +159,8 @@ def run(
     device: str = "cpu",
     architecture: str = "",
     large: bool = False,
-    invalid_calls: bool = True,
-    memory: bool = True,
+    invalid_calls: Collection[str] | None = None,
+    memory: Collection[str] | None = None,
     progress: Progress = lambda implementation, case: None,
 ) -> Run:
     """Judge every implementation on every case.
@@ -171,27 +172,35 @@ def run(
         device: Where.
         architecture: The GPU's architecture, where it is one.
         large: Run on the CPU even what is too large for it.
-        invalid_calls: Whether to judge the answers to wrong calls, once per implementation.
-        memory: Whether to judge how peak memory grows, once per implementation.
+        invalid_calls: Operations of which to judge the answers to wrong calls, once per
+            implementation; None for those that it was judged on.
+        memory: Operations of which to judge how peak memory grows, likewise.
         progress: Called before each implementation is judged on each case.
 
     Raises:
         Interrupted: By the user; it carries what had been judged until then.
     """
     outcomes: list[Outcome] = []
+    offered = [one for implementation in implementations for one in implementation.offers]
+    judged_on: set[str] = set()
 
     def record() -> Run:
-        return Run(
-            tuple(outcomes),
-            {implementation.name: declared(implementation) for implementation in implementations},
-            environment(implementations, device),
-        )
+        capabilities = {
+            implementation.name: {
+                operation: said
+                for operation, said in declared(implementation).items()
+                if operation in judged_on
+            }
+            for implementation in implementations
+        }
+        return Run(tuple(outcomes), capabilities, environment(implementations, device))
 
     def steps() -> Iterator[Sequence[Outcome]]:
         for case in cases:
-            for implementation in implementations:
+            for implementation in offered:
                 if implementation.operation != case.operation:
                     continue
+                judged_on.add(case.operation)
                 progress(implementation, case)
                 yield judge(
                     implementation,
@@ -201,16 +210,23 @@ def run(
                     architecture=architecture,
                     large=large,
                 )
-        for implementation in implementations:
+        of_cases = frozenset(judged_on)
+        for implementation in offered:
             if "conformance" not in groups:
                 continue
             if device not in framework(implementation.framework).devices():
                 continue
-            progress(implementation, OPERATIONS[implementation.operation].probe)
-            if invalid_calls:
+            operation = implementation.operation
+            answers = operation in (of_cases if invalid_calls is None else invalid_calls)
+            grows = operation in (of_cases if memory is None else memory)
+            if not (answers or grows):
+                continue
+            judged_on.add(operation)
+            progress(implementation, OPERATIONS[operation].probe)
+            if answers:
                 yield judge_invalid_calls(implementation, device)
-            if memory:
-                yield [judge_memory(implementation, device)]
+            if grows:
+                yield judge_memory(implementation, device)
 
     try:
         for judged in steps():
@@ -220,8 +236,12 @@ def run(
     return record()
 
 
-def declared(implementation: Implementation) -> dict[str, Any]:
-    """An implementation's capabilities as plain data."""
+def declared(implementation: Implementation) -> dict[str, dict[str, Any]]:
+    """What an implementation declares, as plain data, by operation."""
+    return {one.operation: _declared(one) for one in implementation.offers}
+
+
+def _declared(implementation: Implementation) -> dict[str, Any]:
     return {"framework": implementation.framework} | {
         key: sorted(value) if isinstance(value, frozenset) else plain(value)
         for key, value in asdict(implementation.capabilities).items()

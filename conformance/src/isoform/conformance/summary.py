@@ -13,6 +13,7 @@ from math import inf
 from isoform.conformance.budgets import SMALLEST
 from isoform.conformance.dtypes import SHORT_NAMES
 from isoform.conformance.expected import explain, no_longer_fails
+from isoform.conformance.implementation import DEFAULT_OPERATION
 from isoform.conformance.operations import CASES
 from isoform.conformance.run import Run
 from isoform.conformance.verdicts import Outcome, Verdict
@@ -133,7 +134,7 @@ def _mended(outcomes: Iterable[Outcome]) -> tuple[tuple[Outcome, str], ...]:
 def _failures(run: Run, outcomes: Iterable[Outcome]) -> tuple[Failure, ...]:
     def work(outcome: Outcome) -> tuple[float, str]:
         case = CASES.get(outcome.case)
-        return case.shape.logits if case else inf, outcome.case
+        return case.shape.largest if case else inf, outcome.case
 
     return tuple(
         Failure(case_id, tuple(failed := list(group)), command(run, failed[0]))
@@ -198,8 +199,11 @@ def command(run: Run, outcome: Outcome) -> str:
     else:
         words = ["isoform", "check", *(["--impl", source] if source else [name])]
         words += ["--case", outcome.case]
-    if source and run.capabilities.get(name, {}).get("framework") == "numpy":
+    declared = run.capabilities.get(name, {})
+    if source and any(each["framework"] == "numpy" for each in declared.values()):
         words += ["--framework", "numpy"]
+    if source and [*declared] not in ([], [DEFAULT_OPERATION]):
+        words += ["--operation", next(iter(declared))]  # told to one that knows, it does nothing
     device = run.environment.get("device", "cpu")
     if device != "cpu":
         words += ["--device", device]

@@ -1,13 +1,27 @@
-"""What budgets are calibrated with: the definition, in float32, done five ways."""
+"""What budgets are calibrated with: the definitions, in float32, each done several ways."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
+
+import numpy as np
 
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.implementations.numpy import NUMPY, NUMPY_TILED
-from isoform.conformance.implementations.torch import REFERENCE, SDPA, TILED
+from isoform.conformance.implementations.numpy import (
+    NUMPY,
+    NUMPY_ATTENTION,
+    NUMPY_ATTENTION_TILED,
+    NUMPY_ROTARY,
+    NUMPY_TILED,
+)
+from isoform.conformance.implementations.torch import REFERENCE, ROTARY, SDPA, TILED
+from isoform.conformance.implementations.torch_attention import (
+    REFERENCE_ATTENTION,
+    SDPA_ATTENTION,
+    TILED_ATTENTION,
+)
 from isoform.reference.contract import Arithmetic
 
 
@@ -24,10 +38,31 @@ def _in_float32(implementation: Implementation) -> Implementation:
     )
 
 
+def _in_base_2(implementation: Implementation) -> Implementation:
+    """The same, lse by way of its logarithm to base 2, which is what kernels work with."""
+
+    def forward(*operands: Any, **arguments: Any) -> Any:
+        returned = implementation.forward(*operands, **arguments)
+        if not arguments.get("return_lse"):
+            return returned
+        out, lse = returned
+        ln2 = lse.dtype.type(np.log(2))
+        return out, lse / ln2 * ln2
+
+    return replace(implementation, name=f"{implementation.name}-base-2", forward=forward)
+
+
 TRUSTED: tuple[Implementation, ...] = (
     _in_float32(NUMPY),
     _in_float32(NUMPY_TILED),
     REFERENCE,
     TILED,
     SDPA,
+    _in_float32(NUMPY_ROTARY),
+    ROTARY,
+    _in_float32(NUMPY_ATTENTION),
+    _in_base_2(_in_float32(NUMPY_ATTENTION_TILED)),
+    REFERENCE_ATTENTION,
+    TILED_ATTENTION,
+    SDPA_ATTENTION,
 )

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that operands may have in general, by name."""
@@ -62,9 +62,28 @@ AXES: Mapping[str, str] = {
 """The axes of every operand and result of Evoformer attention, by name (rule EVO-1)."""
 
 
+class Sizes(Protocol):
+    """The axis sizes of one call of any operation: a frozen dataclass with a field for each axis.
+
+    Attributes:
+        axes: The axes of every operand and result, by name.
+    """
+
+    axes: ClassVar[Mapping[str, str]]
+
+    def of(self, name: str) -> tuple[int, ...]:
+        """The shape of the operand or result ``name``."""
+
+    @property
+    def largest(self) -> int:
+        """How many numbers the largest array has that the definition works with."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """The axis sizes of one call of Evoformer attention."""
+
+    axes: ClassVar[Mapping[str, str]] = AXES
 
     B: int
     S: int
@@ -83,6 +102,11 @@ class Shape:
         """How many logits the call has: B·S·H·Q·K, the measure of its work."""
         return self.B * self.S * self.H * self.Q * self.K
 
+    @property
+    def largest(self) -> int:
+        """How many numbers the largest array has: the logits, or q or k."""
+        return max(self.logits, math.prod(self.of("q")), math.prod(self.of("k")))
+
     def __str__(self) -> str:
         return ",".join(f"{axis}={size}" for axis, size in vars(self).items())
 
@@ -93,9 +117,10 @@ class Call:
 
     Attributes:
         operation: Name of the operation, e.g. ``"evoformer_attention"``.
-        shape: The axis sizes.
+        shape: The axis sizes: :class:`Sizes`, of the operation's own class.
         dtype: Name of the operands' dtype, e.g. ``"bfloat16"``.
-        operands: Which optional operands are present.
+        operands: Which optional operands are present, and which features are asked for by other
+            arguments, such as ``causal``.
         gradients: Which operands a gradient is wanted for (empty: forward alone).
         lse: Whether the log-sum-exp is wanted too.
         device: Kind of device, ``"cpu"`` or ``"cuda"``.
@@ -103,7 +128,7 @@ class Call:
     """
 
     operation: str
-    shape: Shape
+    shape: Any
     dtype: str
     operands: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
@@ -125,6 +150,8 @@ class Arithmetic:
         output: What O is rounded to before the backward takes δ = Σ_d dO∘O from it.
         cotangent: What dO is rounded to, after the gate, before it is multiplied.
         dlogits: What dS is rounded to before it is multiplied with K or with Q.
+        sums: How sums over channels of 16-bit operands are rounded: to the ``"nearest"``, or
+            ``"truncated"`` after each sixteen, which is what tensor cores do.
     """
 
     accumulate: str = "wide"
@@ -133,12 +160,17 @@ class Arithmetic:
     output: str = "wide"
     cotangent: str = "wide"
     dlogits: str = "wide"
+    sums: Literal["nearest", "truncated"] = "nearest"
 
     def resolve(self, step: str, dtype: str) -> str:
         """The dtype name of ``step`` when the operands are ``dtype``."""
         chosen: str = getattr(self, step)
         wide = "float64" if dtype == "float64" else "float32"
         return {"wide": wide, "operand": dtype}.get(chosen, chosen)
+
+
+LENGTHS = ("Q", "K", "L")
+"""The axes along which a sequence lies."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +187,8 @@ class Capabilities:
         architectures: GPU architectures that are supported; empty means any.
         head_dims: Smallest and largest D.
         head_dim_multiple: D must be a multiple of this.
-        min_length: Smallest Q and K.
-        operands: Optional operands that may be present.
+        min_length: Smallest length, such as Q and K.
+        operands: Optional operands that may be present, and features that may be asked for.
         grouped_heads: Whether G < H is supported.
         gradients: Operands that a gradient can be had for.
         lse: Whether the log-sum-exp can be returned.
@@ -182,7 +214,10 @@ class Capabilities:
 
     def unsupported_reasons(self, call: Call) -> tuple[str, ...]:
         """Every reason why ``call`` is not supported; empty when it is."""
-        shape = call.shape
+        sizes: Mapping[str, int] = vars(call.shape)
+        H, D = sizes["H"], sizes["D"]
+        lengths = {axis: size for axis, size in sizes.items() if axis in LENGTHS}
+        empty = any(size == 0 for axis, size in sizes.items() if axis not in LENGTHS)
         low, high = self.head_dims
         reasons: list[tuple[bool, str]] = [
             (call.operation != self.operation, f"operation {call.operation}"),
@@ -196,26 +231,27 @@ class Capabilities:
                 f"architecture {call.architecture or 'unknown'} "
                 f"({_listed(self.architectures)} only)",
             ),
-            (not low <= shape.D <= high, f"head dim D={shape.D} ({low} to {high} only)"),
+            (not low <= D <= high, f"head dim D={D} ({low} to {high} only)"),
             (
-                shape.D % self.head_dim_multiple != 0,
-                f"head dim D={shape.D} (multiples of {self.head_dim_multiple} only)",
+                D % self.head_dim_multiple != 0,
+                f"head dim D={D} (multiples of {self.head_dim_multiple} only)",
             ),
             (
-                min(shape.Q, shape.K) < self.min_length,
-                f"lengths Q={shape.Q}, K={shape.K} (at least {self.min_length})",
+                min(lengths.values()) < self.min_length,
+                f"lengths {', '.join(f'{axis}={size}' for axis, size in lengths.items())} "
+                f"(at least {self.min_length})",
             ),
+            (empty and self.min_length > 0, f"an empty axis in {call.shape}"),
             (
-                min(shape.B, shape.S, shape.H) == 0 and self.min_length > 0,
-                f"an empty axis in {shape}",
-            ),
-            (
-                shape.G != shape.H and not self.grouped_heads,
-                f"grouped key/value heads (G={shape.G}, H={shape.H})",
+                sizes.get("G", H) != H and not self.grouped_heads,
+                f"grouped key/value heads (G={sizes.get('G')}, H={H})",
             ),
             (call.lse and not self.lse, "returning lse"),
         ]
-        reasons += [(True, f"operand {name}") for name in _missing(call.operands, self.operands)]
+        reasons += [
+            (True, f"operand {name}" if name.isidentifier() else name)  # "scaling=yarn" says it all
+            for name in _missing(call.operands, self.operands)
+        ]
         reasons += [
             (True, f"gradient of {name}") for name in _missing(call.gradients, self.gradients)
         ]
@@ -282,13 +318,17 @@ def evoformer_call(
     present = {name: operand for name, operand in optional.items() if operand is not None}
     operands = {"q": q, "k": k, "v": v, **present}
 
-    for name, operand in operands.items():
-        if not (hasattr(operand, "shape") and hasattr(operand, "dtype")):
-            raise TypeError(f"{name} must be an array, got {type(operand).__name__}")
-    _check_dtypes(operands, tuple(dtypes))
-    shape = _check_shapes(operands)
-    _check_devices(operands)
-    _check_scale(scale)
+    check_arrays(operands)
+    check_dtypes(operands, tuple(dtypes), {"mask": ("bool",)})
+    check_ranks(operands, AXES)
+    # q and k fix the size of every axis; each operand is then held to it.
+    B, S, Q, H, D = (int(size) for size in q.shape)
+    K, G = (int(size) for size in k.shape[2:4])
+    shape = Shape(B, S, Q, K, H, G, D)
+    check_sizes(operands, AXES, vars(shape))
+    check_heads(q, G)
+    check_devices(operands)
+    check_scale(scale)
     return Call(
         operation="evoformer_attention",
         shape=shape,
@@ -301,46 +341,75 @@ def evoformer_call(
     )
 
 
-def _check_dtypes(operands: Mapping[str, Any], dtypes: tuple[str, ...]) -> None:
+# The checks of which the operations' are made.
+
+
+def check_arrays(operands: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` unless every operand is an array: has a shape and a dtype."""
+    for name, operand in operands.items():
+        if not (hasattr(operand, "shape") and hasattr(operand, "dtype")):
+            raise TypeError(f"{name} must be an array, got {type(operand).__name__}")
+
+
+def check_dtypes(
+    operands: Mapping[str, Any],
+    dtypes: tuple[str, ...],
+    others: Mapping[str, tuple[str, ...]],
+) -> None:
+    """Raise ``TypeError`` unless q has one of ``dtypes`` and all others q's.
+
+    Args:
+        operands: By name, ``q`` among them.
+        dtypes: Names of the dtypes that q may have.
+        others: Names of the dtypes of operands that do not share q's.
+    """
     dtype = dtype_name(operands["q"])
     if dtype not in dtypes:
         raise TypeError(f"q must be one of {', '.join(dtypes)}, got {dtype}")
     for name, operand in operands.items():
-        wanted = "bool" if name == "mask" else dtype
-        if dtype_name(operand) != wanted:
-            why = "" if name == "mask" else ", the dtype of q"
-            raise TypeError(f"{name} must be {wanted}{why}, got {dtype_name(operand)}")
+        wanted = others.get(name, (dtype,))
+        if dtype_name(operand) not in wanted:
+            why = "" if name in others else ", the dtype of q"
+            raise TypeError(f"{name} must be {' or '.join(wanted)}{why}, got {dtype_name(operand)}")
 
 
-def _check_shapes(operands: Mapping[str, Any]) -> Shape:
+def check_ranks(operands: Mapping[str, Any], axes: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` unless every operand has as many axes as ``axes`` gives it."""
     for name, operand in operands.items():
-        axes = AXES[name].split()
-        if len(operand.shape) != len(axes):
+        letters = axes[name].split()
+        if len(operand.shape) != len(letters):
             raise ValueError(
-                f"{name} must have {len(axes)} axes [{', '.join(axes)}], "
+                f"{name} must have {len(letters)} axes [{', '.join(letters)}], "
                 f"got shape {tuple(operand.shape)}"
             )
-    # q and k fix the size of every axis; each operand is then held to it, axis by axis.
-    B, S, Q, H, D = (int(size) for size in operands["q"].shape)
-    K, G = (int(size) for size in operands["k"].shape[2:4])
-    shape = Shape(B, S, Q, K, H, G, D)
+
+
+def check_sizes(
+    operands: Mapping[str, Any], axes: Mapping[str, str], sizes: Mapping[str, int]
+) -> None:
+    """Raise ``ValueError`` unless every axis has the size that ``sizes`` gives to its letter."""
     for name, operand in operands.items():
-        axes = AXES[name].split()
-        for position, (axis, wanted) in enumerate(zip(axes, shape.of(name), strict=True)):
-            if int(operand.shape[position]) != wanted:
-                called = "size 1" if axis == "1" else f"{axis}={wanted}"
+        letters = axes[name].split()
+        for position, (axis, found) in enumerate(zip(letters, operand.shape, strict=True)):
+            if int(found) != (1 if axis == "1" else sizes[axis]):
+                called = "size 1" if axis == "1" else f"{axis}={sizes[axis]}"
                 raise ValueError(
-                    f"{name} must have {called} on axis {position} of [{', '.join(axes)}], "
+                    f"{name} must have {called} on axis {position} of [{', '.join(letters)}], "
                     f"got shape {tuple(operand.shape)}"
                 )
+
+
+def check_heads(q: Any, G: int) -> None:
+    """Raise ``ValueError`` unless q ``[..., H, D]`` has channels, and heads that G divides."""
+    H, D = (int(size) for size in q.shape[-2:])
     if D == 0:
-        raise ValueError(f"head dim D must be at least 1, got shape {tuple(operands['q'].shape)}")
+        raise ValueError(f"head dim D must be at least 1, got shape {tuple(q.shape)}")
     if H % G if G else H:
         raise ValueError(f"key/value heads must divide query heads, got G={G} and H={H}")
-    return shape
 
 
-def _check_devices(operands: Mapping[str, Any]) -> None:
+def check_devices(operands: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless all operands are on the device of q."""
     where = str(getattr(operands["q"], "device", "cpu"))
     for name, operand in operands.items():
         device = str(getattr(operand, "device", "cpu"))
@@ -348,7 +417,8 @@ def _check_devices(operands: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is on {device}, but q is on {where}")
 
 
-def _check_scale(scale: float | None) -> None:
+def check_scale(scale: float | None) -> None:
+    """Raise unless ``scale`` is None or a finite real number."""
     if scale is None:
         return
     if isinstance(scale, bool) or not isinstance(scale, Real):

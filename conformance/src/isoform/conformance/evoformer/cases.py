@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from isoform.conformance.case import Case
+from isoform.conformance.case import Case, Operands
 from isoform.conformance.dtypes import FORMATS
 from isoform.reference.contract import OPTIONAL_OPERANDS, Shape
 
@@ -77,6 +77,18 @@ EMPTY = {
     "no-keys": Shape(1, 2, 5, 0, 2, 2, 8),
     "no-heads": Shape(1, 2, 5, 7, 0, 0, 8),
 }
+
+
+def scale_of(case: Case) -> float | None:
+    """The factor of the logits that ``case`` gives; None where it gives none."""
+    return dict(case.options).get("scale")
+
+
+def shape_of(operands: Operands) -> Shape:
+    """The axis sizes of a call."""
+    B, S, Q, H, D = operands["q"].shape
+    K, G = operands["k"].shape[2:4]
+    return Shape(B, S, Q, K, H, G, D)
 
 
 def _case(
@@ -181,7 +193,9 @@ def _empty() -> Iterator[Case]:
 def _scales() -> Iterator[Case]:
     shape = Shape(1, 2, 40, 48, 2, 2, 16)
     for scale in (1.0, 0.0, -0.5):
-        yield _case("scale", shape, "float32", ALL, f"{scale:g}", {"scale"}, scale=scale)
+        yield _case(
+            "scale", shape, "float32", ALL, f"{scale:g}", {"scale"}, options=(("scale", scale),)
+        )
 
 
 def _double() -> Iterator[Case]:

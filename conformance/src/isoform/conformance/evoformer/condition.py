@@ -34,6 +34,7 @@ import numpy as np
 from isoform.conformance.case import Operands
 from isoform.conformance.chunks import Processor, in_chunks
 from isoform.conformance.dtypes import FORMATS, Array
+from isoform.conformance.evoformer.cases import shape_of
 from isoform.conformance.operation import Condition
 from isoform.reference.contract import dtype_name
 from isoform.reference.numpy.evoformer import (
@@ -79,7 +80,9 @@ def conditions(
         return _propagated(chunk, scale, wide_unit, gradients=gradients)
 
     found = {}
-    propagated = in_chunks(step, operands | {"lse": reference["lse"]}, processor)
+    propagated = in_chunks(
+        step, operands | {"lse": reference["lse"]}, shape_of(operands), processor
+    )
     for name, (relative, underflow) in propagated.items():
         if name in SUMS:
             relative += np.abs(reference[name])
@@ -125,7 +128,7 @@ def _propagated(
         mean_A = (p * A).sum(-1, keepdims=True)
         o = p @ vh
         total_v = np.broadcast_to(np.abs(vh).sum(-2, keepdims=True), o.shape)
-        kappa_o = _spread(p * A, vh, o) + p @ np.abs(vh) + np.abs(o)
+        kappa_o = spread(p * A, vh, o) + p @ np.abs(vh) + np.abs(o)
 
         gate = chunk.get("gate")
         opening: Array | float = 1.0 if gate is None else sigmoid(heads_first(gate, wide))
@@ -191,7 +194,7 @@ def _propagated(
         return found
 
 
-def _spread(weight: Array, v: Array, o: Array) -> Array:
+def spread(weight: Array, v: Array, o: Array) -> Array:
     """``Σ_j weight_ij |v_jd − o_id|``, a channel at a time: it is no matrix product."""
     spread = np.empty_like(o)
     for d in range(o.shape[-1]):

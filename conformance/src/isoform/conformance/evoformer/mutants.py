@@ -14,9 +14,29 @@ import numpy as np
 
 from isoform.conformance.dtypes import Array, rounded
 from isoform.conformance.evoformer.cases import NAME
+from isoform.conformance.faults import (
+    Operands,
+    as_it_is,
+    careless_softmax,
+    crashes,
+    cut_product,
+    declines,
+    few_digits,
+    flushed,
+    gradient,
+    narrow_product,
+    reused_buffer,
+    shifted_softmax,
+    shuffled_product,
+    spiked,
+    stale_last_query,
+    uniform_softmax,
+    unshifted_softmax,
+    unsummed_groups,
+)
 from isoform.conformance.implementation import Implementation
 from isoform.conformance.mutant import Mutant
-from isoform.reference.contract import Capabilities, Unsupported, evoformer_call
+from isoform.reference.contract import Capabilities, evoformer_call
 from isoform.reference.numpy import Gradients
 from isoform.reference.numpy.evoformer import (
     attended,
@@ -28,21 +48,6 @@ from isoform.reference.numpy.evoformer import (
     sigmoid,
     sum_groups,
 )
-
-Operands = dict[str, Any]
-
-
-def _as_it_is(x: Any) -> Any:
-    return x
-
-
-def _shifted_softmax(s: Array) -> tuple[Array, Array]:
-    """Softmax and lse, right for rows without a key."""
-    top = s.max(-1, keepdims=True, initial=-np.inf)
-    none_left = top == -np.inf
-    e = np.exp(s - np.where(none_left, 0, top))
-    total = np.where(none_left, 1, e.sum(-1, keepdims=True))
-    return e / total, np.where(none_left, -np.inf, top + np.log(total))[..., 0]
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,17 @@ class Faults:
     """
 
     check: Callable[..., object] = evoformer_call
-    operands: Callable[[Operands], Operands] = _as_it_is
+    operands: Callable[[Operands], Operands] = as_it_is
     clean: Callable[[Array, Array | None], Array] = attended
-    logits: Callable[[Array], Array] = _as_it_is
-    softmax: Callable[[Array], tuple[Array, Array]] = _shifted_softmax
-    probabilities: Callable[[Array], Array] = _as_it_is
+    logits: Callable[[Array], Array] = as_it_is
+    softmax: Callable[[Array], tuple[Array, Array]] = shifted_softmax
+    probabilities: Callable[[Array], Array] = as_it_is
     product: Callable[[Array, Array], Array] = np.matmul
     opening: Callable[[Array], Array] = sigmoid
-    out: Callable[[Array], Array] = _as_it_is
-    lse: Callable[[Array], Array] = _as_it_is
-    delta: Callable[[Array], Array] = _as_it_is
-    dlogits: Callable[[Array], Array] = _as_it_is
+    out: Callable[[Array], Array] = as_it_is
+    lse: Callable[[Array], Array] = as_it_is
+    delta: Callable[[Array], Array] = as_it_is
+    dlogits: Callable[[Array], Array] = as_it_is
     sum_rows: Callable[[Array], Array] = lambda ds: ds.sum(1, keepdims=True)
     sum_heads: Callable[[Array], Array] = lambda ds: ds.sum((2, 3))[:, :, None, None, :]
     sum_groups: Callable[[Array, int], Array] = sum_groups
@@ -186,108 +191,12 @@ def _first_keys(count: Callable[[int], int]) -> Callable[[Operands], Operands]:
     return cut
 
 
-def _unshifted_softmax(s: Array) -> tuple[Array, Array]:
-    e = np.exp(s)
-    total = e.sum(-1, keepdims=True)
-    return e / total, np.log(total)[..., 0]
-
-
-def _careless_softmax(s: Array) -> tuple[Array, Array]:
-    """−inf minus −inf where no key is left."""
-    top = s.max(-1, keepdims=True, initial=-np.inf)
-    e = np.exp(s - top)
-    total = e.sum(-1, keepdims=True)
-    return e / total, (top + np.log(total))[..., 0]
-
-
-def _uniform_softmax(s: Array) -> tuple[Array, Array]:
-    """−inf replaced by a large negative number: a row without a key attends to all alike."""
-    return _shifted_softmax(np.maximum(s, s.dtype.type(-1e30)))
-
-
-def _narrow_product(p: Array, v: Array) -> Array:
-    """P·V summed in bfloat16, sixteen keys at a time."""
-    total = np.zeros((*p.shape[:-1], v.shape[-1]), p.dtype)
-    for start in range(0, v.shape[-2], 16):
-        part = p[..., start : start + 16] @ v[..., start : start + 16, :]
-        total = rounded(total + part, "bfloat16")
-    return total
-
-
-def _shuffled_product(p: Array, v: Array) -> Array:
-    """P·V summed over the keys in another order each time, as atomics do."""
-    order = np.random.default_rng().permutation(v.shape[-2])
-    return sum((p[..., j, None] * v[..., j, None, :] for j in order), start=np.zeros((), p.dtype))
-
-
-def _cut_product(p: Array, v: Array) -> Array:
-    """P·V cut to bfloat16 by dropping the lower half of the float32, not rounded to nearest."""
-    return ((p @ v).view(np.uint32) & 0xFFFF0000).view(np.float32)
-
-
-def _few_digits(x: Array) -> Array:
-    """Rounded to four significant bits, as an 8-bit float has."""
-    mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.round(mantissa * 16) / 16, exponent)
-
-
-def _flushed(x: Array) -> Array:
-    return np.where(np.abs(x) < np.finfo(np.float32).tiny, x.dtype.type(0), x)
-
-
-def _spiked(x: Array) -> Array:
-    """One element in 500 off by a few units of the last place: a rare race, a bad lane."""
-    x = x.copy()
-    flat = x.reshape(-1)
-    flat[::500] = flat[::500] * x.dtype.type(1 + 3 * 2.0**-7)
-    return x
-
-
-def _reused_buffer() -> Callable[[Array], Array]:
-    """Results are returned in a buffer that the next call of the same shape writes to."""
-    buffers: dict[tuple[int, ...], Array] = {}
-
-    def out(x: Array) -> Array:
-        buffer = buffers.setdefault(x.shape, np.empty_like(x))
-        buffer[...] = x
-        return buffer
-
-    return out
-
-
-def _stale_last_query() -> Callable[[Array], Array]:
-    """The last query is never written: it holds what the last call left there."""
-    last: list[Array] = []
-
-    def out(x: Array) -> Array:
-        x = x.copy()
-        fresh = x[:, :, -1].copy()
-        if last and last[0].shape == fresh.shape:
-            x[:, :, -1] = last[0]
-        last[:] = [fresh]
-        return x
-
-    return out
-
-
 def _scaled_in_place(operands: Operands) -> Operands:
     """The scale is multiplied into q where it lies, and left there."""
     q = operands["q"]
     if q.flags.writeable:
         q *= q.dtype.type(resolve_scale(operands.get("scale"), q))
     return operands | {"scale": 1.0}
-
-
-def _unsummed_groups(dx: Array, groups: int) -> Array:
-    """Of the query heads that share a key head, only the last one's gradient is kept."""
-    B, S, H, L, D = dx.shape
-    return dx.reshape(B, S, groups, H // groups, L, D)[:, :, :, -1]
-
-
-def _gradient(name: str, change: Callable[[Array, Operands], Array]) -> Callable[..., Gradients]:
-    return lambda gradients, operands: gradients._replace(
-        **{name: change(getattr(gradients, name), operands)}
-    )
 
 
 def _mutants() -> Iterator[Mutant]:
@@ -339,7 +248,7 @@ def _mutants() -> Iterator[Mutant]:
         "the gate is not put through the sigmoid",
         "out/condition",
         "operands/fp32/gate",
-        opening=_as_it_is,
+        opening=as_it_is,
     )
     yield mutant(
         "last-key-lost",
@@ -368,7 +277,7 @@ def _mutants() -> Iterator[Mutant]:
         "a row without a key attends to all keys alike",
         "out/pattern",
         "values/fp32/masked-rows",
-        softmax=_uniform_softmax,
+        softmax=uniform_softmax,
         clean=lambda x, mask: x,
     )
     yield mutant(
@@ -376,7 +285,7 @@ def _mutants() -> Iterator[Mutant]:
         "a row without a key is NaN",
         "out/pattern",
         "values/fp32/minus-inf-bias",
-        softmax=_careless_softmax,
+        softmax=careless_softmax,
     )
     yield mutant(
         "nan-gradient-without-keys",
@@ -413,7 +322,7 @@ def _mutants() -> Iterator[Mutant]:
         "exp without subtracting the maximum",
         "out/pattern",
         "values/fp32/large-logits",
-        softmax=_unshifted_softmax,
+        softmax=unshifted_softmax,
     )
     yield mutant(
         "fp16-probabilities",
@@ -434,28 +343,28 @@ def _mutants() -> Iterator[Mutant]:
         "P·V is summed in bfloat16",
         "out/twin_mean",
         "length-257/bf16/all-operands",
-        product=_narrow_product,
+        product=narrow_product,
     )
     yield mutant(
         "spiked",
         "one element in 500 is off by three units",
         "out/twin_max",
         "head-dim-64/bf16/all-operands",
-        out=_spiked,
+        out=spiked,
     )
     yield mutant(
         "truncated",
         "results are cut, not rounded",
         "out/bias",
         "operands/bf16/bare",
-        product=_cut_product,
+        product=cut_product,
     )
     yield mutant(
         "flushed",
         "subnormal results are flushed to zero",
         "out/condition",
         "values/fp32/subnormal",
-        out=_flushed,
+        out=flushed,
     )
     # Gradients
     yield mutant(
@@ -463,7 +372,7 @@ def _mutants() -> Iterator[Mutant]:
         "dq lacks the scale",
         "dq/condition",
         "operands/fp32/bare",
-        gradients=_gradient("dq", lambda dq, o: dq * dq.dtype.type(o["q"].shape[-1] ** 0.5)),
+        gradients=gradient("dq", lambda dq, o: dq * dq.dtype.type(o["q"].shape[-1] ** 0.5)),
     )
     yield mutant(
         "delta-omitted",
@@ -477,7 +386,7 @@ def _mutants() -> Iterator[Mutant]:
         "dk and dv are not summed over the heads that share them",
         "dk/condition",
         "heads-4-2/fp32/all-operands",
-        sum_groups=_unsummed_groups,
+        sum_groups=unsummed_groups,
     )
     yield mutant(
         "dv-ungated",
@@ -514,7 +423,7 @@ def _mutants() -> Iterator[Mutant]:
         "dgate lacks the sigmoid's derivative",
         "dgate/condition",
         "operands/fp32/gate",
-        gradients=_gradient(
+        gradients=gradient(
             "dgate",
             lambda dgate, o: (
                 dgate / (1 - sigmoid(o["gate"].astype(np.float32))).astype(dgate.dtype)
@@ -526,14 +435,14 @@ def _mutants() -> Iterator[Mutant]:
         "a dropped key gets a gradient",
         "dk/pattern",
         "values/fp32/garbage-in-dropped",
-        gradients=_gradient("dk", lambda dk, o: dk + np.float32(1e-30)),
+        gradients=gradient("dk", lambda dk, o: dk + np.float32(1e-30)),
     )
     yield mutant(
         "fp8-dlogits",
         "dS is kept in four bits, undeclared",
         "dq/twin_mean",
         "head-dim-64/bf16/all-operands",
-        dlogits=_few_digits,
+        dlogits=few_digits,
     )
     # Shape, dtype, declaration
     yield mutant(
@@ -555,14 +464,14 @@ def _mutants() -> Iterator[Mutant]:
         "declares a dtype and then declines it",
         "case",
         "operands/bf16/bare",
-        check=_declines("bfloat16"),
+        check=declines("bfloat16"),
     )
     yield mutant(
         "crashing",
         "declines by crashing",
         "case",
         "operands/bf16/bare",
-        check=_crashes("bfloat16"),
+        check=crashes("bfloat16"),
         dtypes=frozenset({"float32"}),
     )
     yield mutant(
@@ -570,7 +479,7 @@ def _mutants() -> Iterator[Mutant]:
         "returns wrong numbers for what it declares unsupported",
         "out/condition",
         "operands/fp32/gate",
-        opening=_as_it_is,
+        opening=as_it_is,
         head_dims=(32, 128),
     )
     # Behaviour
@@ -586,21 +495,21 @@ def _mutants() -> Iterator[Mutant]:
         "sums in another order each time, declared deterministic",
         "determinism",
         "length-65/fp32/all-operands",
-        product=_shuffled_product,
+        product=shuffled_product,
     )
     yield mutant(
         "buffer-reused",
         "returns a buffer that a later call overwrites",
         "independence",
         "operands/fp32/bare",
-        out=_reused_buffer(),
+        out=reused_buffer(),
     )
     yield mutant(
         "query-stale",
         "the last query is left from the call before",
         "independence",
         "operands/fp32/bare",
-        out=_stale_last_query(),
+        out=stale_last_query(),
     )
     yield mutant(
         "unchecked",
@@ -616,22 +525,6 @@ def _mutants() -> Iterator[Mutant]:
         "",
         memory="linear",
     )
-
-
-def _declines(dtype: str) -> Callable[..., object]:
-    def check(q: Array, *operands: Any, **more: Any) -> None:
-        if q.dtype.name == dtype:
-            raise Unsupported([f"dtype {dtype}"])
-
-    return check
-
-
-def _crashes(dtype: str) -> Callable[..., object]:
-    def check(q: Array, *operands: Any, **more: Any) -> None:
-        if q.dtype.name == dtype:
-            raise KeyError(dtype)
-
-    return check
 
 
 PLACES = {place.name for place in fields(Faults)}

@@ -10,13 +10,14 @@ import numpy as np
 from isoform.conformance.case import Case, Operands
 from isoform.conformance.chunks import Processor, in_chunks
 from isoform.conformance.dtypes import Array
-from isoform.conformance.evoformer.cases import ALL, CASES, NAME
+from isoform.conformance.evoformer.cases import ALL, CASES, NAME, scale_of, shape_of
 from isoform.conformance.evoformer.condition import conditions
 from isoform.conformance.evoformer.twin import twin
 from isoform.conformance.evoformer.values import draw
 from isoform.conformance.frameworks import Framework
 from isoform.conformance.operation import InvalidCall, Operation
-from isoform.reference.contract import DIFFERENTIABLE, Call, Shape
+from isoform.conformance.signatures import EVOFORMER_ATTENTION as SIGNATURE
+from isoform.reference.contract import Call, Shape
 from isoform.reference.numpy import evoformer_attention, evoformer_attention_backward
 
 
@@ -36,18 +37,23 @@ def reference(
     operands: Operands, case: Case, gradients: bool, processor: Processor | None = None
 ) -> Operands:
     """The oracle's results in float64, by name."""
+    options = dict(case.options)
 
     def step(chunk: Operands) -> dict[str, tuple[Array]]:
-        wide = {name: x if x.dtype == bool else x.astype(np.float64) for name, x in chunk.items()}
+        wide: dict[str, Any] = {
+            name: x if x.dtype == bool else x.astype(np.float64) for name, x in chunk.items()
+        }
         dout = wide.pop("dout")
-        out, lse = evoformer_attention(**wide, scale=case.scale, return_lse=True)
+        out, lse = evoformer_attention(**wide, **options, return_lse=True)
         results = {"out": (out,), "lse": (lse,)}
         if gradients:
-            found = evoformer_attention_backward(dout, **wide, scale=case.scale)._asdict()
+            found = evoformer_attention_backward(dout, **wide, **options)._asdict()
             results |= {name: (x,) for name, x in found.items() if x is not None}
         return results
 
-    return {name: x for name, (x,) in in_chunks(step, operands, processor).items()}
+    return {
+        name: x for name, (x,) in in_chunks(step, operands, shape_of(operands), processor).items()
+    }
 
 
 def zeros(operands: Operands, results: Operands) -> dict[str, Array]:
@@ -79,7 +85,7 @@ def _wrong(
     """A call with one operand spoiled, answered by an exception that names it."""
     return InvalidCall(
         f"{name}: {what}",
-        lambda operands, library: operands | {name: change(operands[name], library)},
+        lambda operands, library: operands | {name: change(operands.get(name), library)},
         raises,
         name,
     )
@@ -120,19 +126,19 @@ INVALID_CALLS = (
 )
 
 EVOFORMER_ATTENTION = Operation(
-    name=NAME,
+    signature=SIGNATURE,
+    short="evoformer",
     cases=CASES,
-    differentiable=DIFFERENTIABLE,
     draw=draw,
     call_for=call_for,
     reference=reference,
     conditions=lambda operands, case, results, gradients: conditions(
-        operands, case.scale, results, gradients=gradients
+        operands, scale_of(case), results, gradients=gradients
     ),
     twin=lambda operands, case, arithmetic, gradients: twin(
-        operands, case.scale, case.dtype, arithmetic, gradients=gradients
+        operands, scale_of(case), case.dtype, arithmetic, gradients=gradients
     ),
-    zeros=zeros,
+    zeros=lambda operands, case, results: zeros(operands, results),
     invalid_calls=INVALID_CALLS,
     probe=Case("evoformer/invalid/fp32/probe", NAME, Shape(2, 3, 5, 7, 4, 2, 8), "float32", ALL),
     memory_case=memory_case,

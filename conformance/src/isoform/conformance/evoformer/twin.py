@@ -17,6 +17,7 @@ from isoform.conformance.budgets import result_format
 from isoform.conformance.case import Operands
 from isoform.conformance.chunks import Processor, in_chunks
 from isoform.conformance.dtypes import FORMATS, Array, rounded
+from isoform.conformance.evoformer.cases import shape_of
 from isoform.reference.contract import Arithmetic
 from isoform.reference.numpy.evoformer import (
     attended,
@@ -58,7 +59,7 @@ def twin(
     # what is summed over chunks is summed in ``accumulate``, and rounded when it is whole
     return {
         name: rounded(x, result_format(name, dtype)).astype(np.float64)
-        for name, (x,) in in_chunks(step, operands, processor).items()
+        for name, (x,) in in_chunks(step, operands, shape_of(operands), processor).items()
     }
 
 
@@ -73,6 +74,8 @@ def _with_roundings(
     wide = FORMATS[steps["accumulate"]].dtype
     q, k, v, mask = (chunk.get(name) for name in ("q", "k", "v", "mask"))
     assert q is not None and k is not None and v is not None
+    truncate = arithmetic.sums == "truncated" and FORMATS[dtype].digits < FORMATS["float32"].digits
+    over_channels = _truncating if truncate else np.matmul
     factor = wide.type(resolve_scale(scale, q))
     H, G = q.shape[3], k.shape[3]
 
@@ -81,7 +84,7 @@ def _with_roundings(
         kh = heads_first(attended(k, mask), wide, H)
         vh = heads_first(attended(v, mask), wide, H)
 
-        s = factor * (qh @ kh.swapaxes(-1, -2))
+        s = factor * over_channels(qh, kh.swapaxes(-1, -2))
         for name in ("mask_bias", "pair_bias"):
             if (bias := chunk.get(name)) is not None:
                 s = s + bias.astype(wide)
@@ -104,7 +107,7 @@ def _with_roundings(
             dy = heads_first(chunk["dout"], wide)
             do = rounded(dy * opening, steps["cotangent"])
             p = np.where(none_left, 0, np.exp(s - np.where(none_left, 0, lse)))
-            dp = do @ vh.swapaxes(-1, -2)
+            dp = over_channels(do, vh.swapaxes(-1, -2))
             delta = (do * rounded(o, steps["output"])).sum(-1, keepdims=True)
             ds = np.where(none_left, 0, p * (dp - delta))
             ds_stored = rounded(ds, steps["dlogits"])
@@ -120,3 +123,14 @@ def _with_roundings(
         if gradients and "pair_bias" in chunk:
             results["dpair_bias"] = ds.sum(1, keepdims=True)
         return results | {"lse": lse[..., 0]}
+
+
+def _truncating(x: Array, y: Array) -> Array:
+    """``x @ y`` as tensor cores do it: the sum of sixteen products, exact, is added and cut off."""
+    total = np.zeros_like(x, shape=(*x.shape[:-1], y.shape[-1]))  # of whichever library x is
+    for first in range(0, x.shape[-1], 16):
+        some = slice(first, first + 16)
+        exact = total + x[..., some].astype(np.float64) @ y[..., some, :].astype(np.float64)
+        nearest = exact.astype(x.dtype)
+        total = np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, 0), nearest)
+    return total

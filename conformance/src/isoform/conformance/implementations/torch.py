@@ -14,18 +14,45 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from isoform.conformance.implementation import Implementation
+from isoform.conformance.implementations.torch_attention import (
+    FLEX_ATTENTION,
+    REFERENCE_ATTENTION,
+    SDPA_ATTENTION,
+    TILED_ATTENTION,
+)
 from isoform.reference.contract import Arithmetic, Capabilities, evoformer_call
-from isoform.reference.torch import evoformer_attention, evoformer_attention_tiled
+from isoform.reference.rotary_contract import ALL_FEATURES
+from isoform.reference.torch import (
+    evoformer_attention,
+    evoformer_attention_tiled,
+    rotary_embedding,
+)
 from isoform.reference.torch.evoformer import attended
 
 NAME = "evoformer_attention"
 DEVICES = frozenset({"cpu", "cuda"})
+
+ROTARY = Implementation(
+    name="torch-reference",
+    framework="torch",
+    capabilities=Capabilities(
+        "rotary_embedding",
+        devices=DEVICES,
+        operands=ALL_FEATURES,
+        gradients=frozenset({"x"}),
+        lse=False,
+        deterministic=True,
+        memory="linear",
+    ),
+    forward=rotary_embedding,
+)
 
 REFERENCE = Implementation(
     name="torch-reference",
     framework="torch",
     capabilities=Capabilities(NAME, devices=DEVICES, memory="quadratic", deterministic=True),
     forward=evoformer_attention,
+    others=(ROTARY, REFERENCE_ATTENTION),
 )
 
 TILED = Implementation(
@@ -33,6 +60,7 @@ TILED = Implementation(
     framework="torch",
     capabilities=Capabilities(NAME, devices=DEVICES, memory="linear", deterministic=True),
     forward=evoformer_attention_tiled,
+    others=(TILED_ATTENTION,),
 )
 
 SDPA_CAPABILITIES = Capabilities(
@@ -92,7 +120,7 @@ def sdpa(
     return _gated(out.transpose(1, 2).reshape(q.shape), gate)
 
 
-SDPA = Implementation("torch-sdpa", "torch", SDPA_CAPABILITIES, sdpa)
+SDPA = Implementation("torch-sdpa", "torch", SDPA_CAPABILITIES, sdpa, others=(SDPA_ATTENTION,))
 
 FLEX_CAPABILITIES = Capabilities(
     NAME,
@@ -154,7 +182,7 @@ def flex(
     return (out, aux.lse.reshape(B, S, H, Q)) if return_lse else out
 
 
-FLEX = Implementation("torch-flex", "torch", FLEX_CAPABILITIES, flex)
+FLEX = Implementation("torch-flex", "torch", FLEX_CAPABILITIES, flex, others=(FLEX_ATTENTION,))
 
 
 def _require(

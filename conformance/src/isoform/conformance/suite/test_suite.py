@@ -78,4 +78,4 @@ def test_invalid_calls(isoform_implementation: Implementation, pytestconfig: pyt
 @pytest.mark.conformance
 def test_memory(isoform_implementation: Implementation, pytestconfig: pytest.Config) -> None:
     """Peak memory grows with the length as declared."""
-    settle([judge_memory(isoform_implementation, pytestconfig.option.device)])
+    settle(judge_memory(isoform_implementation, pytestconfig.option.device))

@@ -290,7 +290,7 @@ def largest(s: Array) -> Array:
 
 
 def attended(x: Array, mask: Array | None) -> Array:
-    """``x [B, S, K, G, D]`` with zeros for the keys that the mask drops (rule EVO-4)."""
+    """``x [..., K, G, D]`` with zeros for the keys that ``mask [..., K]`` drops (rule EVO-4)."""
     return x if mask is None else np.where(mask[..., None, None], x, x.dtype.type(0))
 
 
@@ -303,24 +303,24 @@ def living(x: Array, none_left: Array, compute: np.dtype[Any]) -> Array:
 
 
 def heads_first(x: Array, compute: np.dtype[Any], heads: int | None = None) -> Array:
-    """``[B, S, L, G, D]`` to ``[B, S, H, L, D]`` in the arithmetic of the call.
+    """``[..., L, G, D]`` to ``[..., H, L, D]`` in the arithmetic of the call.
 
     Each of the G heads is repeated for the H / G query heads that share it.
     """
-    x = x.astype(compute).swapaxes(2, 3)
-    groups = x.shape[2]
-    return x if heads in (None, groups) else np.repeat(x, heads // max(groups, 1), axis=2)
+    x = x.astype(compute).swapaxes(-3, -2)
+    groups = x.shape[-3]
+    return x if heads in (None, groups) else np.repeat(x, heads // max(groups, 1), axis=-3)
 
 
 def heads_last(x: Array, dtype: np.dtype[Any]) -> Array:
-    """``[B, S, H, L, D]`` back to ``[B, S, L, H, D]`` in the operand's dtype, contiguous."""
-    return x.swapaxes(2, 3).astype(dtype, order="C")
+    """``[..., H, L, D]`` back to ``[..., L, H, D]`` in the operand's dtype, contiguous."""
+    return x.swapaxes(-3, -2).astype(dtype, order="C")
 
 
 def sum_groups(dx: Array, groups: int) -> Array:
     """The adjoint of the repetition in :func:`heads_first`: sum over the heads that share one."""
-    B, S, H, L, D = dx.shape
-    summed: Array = dx.reshape(B, S, groups, H // max(groups, 1), L, D).sum(3)
+    *batch, H, L, D = dx.shape
+    summed: Array = dx.reshape(*batch, groups, H // max(groups, 1), L, D).sum(-3)
     return summed
 
 

@@ -63,9 +63,9 @@ def evoformer_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    qh = _heads_first(q, wide)
-    kh = _heads_first(attended(k, mask), wide, q.shape[3])
-    vh = _heads_first(attended(v, mask), wide, q.shape[3])
+    qh = heads_first(q, wide)
+    kh = heads_first(attended(k, mask), wide, q.shape[3])
+    vh = heads_first(attended(v, mask), wide, q.shape[3])
 
     s = scale * (qh @ kh.transpose(-1, -2))
     if mask_bias is not None:
@@ -75,11 +75,11 @@ def evoformer_attention(
     if mask is not None:
         s = s.masked_fill(~mask[:, :, None, None, :], -torch.inf)
 
-    e, shift, none_left = _shifted_exp(s)
+    e, shift, none_left = shifted_exp(s)
     total = e.sum(-1).masked_fill(none_left, 1.0)
     o = ((e / total[..., None]) @ vh).masked_fill(none_left[..., None], 0.0)
     if gate is not None:
-        gate = _heads_first(gate, wide).masked_fill(none_left[..., None], 0.0)  # be it NaN (EVO-5)
+        gate = heads_first(gate, wide).masked_fill(none_left[..., None], 0.0)  # be it NaN (EVO-5)
         o = o * torch.sigmoid(gate)
     out = o.transpose(2, 3).to(q.dtype)
     if not return_lse:
@@ -190,7 +190,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
             f"lse must be [..., H, Q] of out {tuple(out_a.shape)}, got {tuple(lse_a.shape)}"
         )
     wide = torch.promote_types(torch.promote_types(lse_a.dtype, torch.float32), out_a.dtype)
-    weights, shift, none_left = _shifted_exp(torch.stack((lse_a, lse_b), dim=-1).to(wide))
+    weights, shift, none_left = shifted_exp(torch.stack((lse_a, lse_b), dim=-1).to(wide))
     total = weights.sum(-1).masked_fill(none_left, 1.0)
     shares = (weights / total[..., None]).transpose(-2, -3)[..., None, :]
     # A side is left out by its lse, not by its share (one that underflows is not without keys), and
@@ -202,7 +202,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out.to(out_a.dtype), lse.to(lse_a.dtype)
 
 
-def _shifted_exp(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shifted_exp(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``exp(s − shift)`` with the largest s of the last axis as shift, and where there is none.
 
     Where every s is −inf (or there is none), 0 is the shift and all exponentials are 0.
@@ -218,14 +218,14 @@ def _shifted_exp(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attended(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x [B, S, K, G, D]`` with zeros for the keys that the mask drops (rule EVO-4)."""
+    """``x [..., K, G, D]`` with zeros for the keys that ``mask [..., K]`` drops (rule EVO-4)."""
     return x if mask is None else torch.where(mask[..., None, None], x, torch.zeros_like(x))
 
 
-def _heads_first(x: Tensor, dtype: torch.dtype, heads: int | None = None) -> Tensor:
-    """``[B, S, L, G, D]`` to ``[B, S, H, L, D]``; each head repeated for those that share it."""
-    x = x.to(dtype).transpose(2, 3)
-    groups = x.shape[2]
+def heads_first(x: Tensor, dtype: torch.dtype, heads: int | None = None) -> Tensor:
+    """``[..., L, G, D]`` to ``[..., H, L, D]``; each head repeated for those that share it."""
+    x = x.to(dtype).transpose(-3, -2)
+    groups = x.shape[-3]
     if heads is None or heads == groups:
         return x
-    return x.repeat_interleave(heads // max(groups, 1), dim=2)
+    return x.repeat_interleave(heads // max(groups, 1), dim=-3)

@@ -1,0 +1,1 @@
+"""Attention over a sequence as the suite sees it: cases, condition, twin, wrong calls, mutants."""
