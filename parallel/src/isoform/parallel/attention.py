@@ -1,0 +1,242 @@
+"""Attention over a sequence that is spread over ranks: one door to every strategy.
+
+Each rank calls with its own shards and gets its own shard of the result, which is that of one rank
+with the whole sequence, to rounding. The division is a :class:`~isoform.parallel.Sharding`; causal
+masks, windows and documents go by the positions that it says, so any division is right; zigzag and
+striped ones share causal work evenly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, cast, get_args
+
+from isoform.parallel import all_gather, hybrid, ring
+from isoform.parallel.arrays import astype_of, check_array, is_tensor
+from isoform.parallel.communicator import Communicator
+from isoform.parallel.local import Gradients, Mask
+from isoform.parallel.sharding import Sharding
+from isoform.parallel.traffic import Sizes, choose_strategy
+from isoform.reference.attention_contract import attention_call, resolve_window
+from isoform.reference.contract import Unsupported, dtype_name
+
+Strategy = Literal["auto", "ring", "ulysses", "all_gather", "hybrid"]
+Backward = Callable[[Any], Gradients]
+
+LOG = logging.getLogger("isoform.parallel")
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    comm: Communicator,
+    sharding: Sharding,
+    strategy: Strategy = "auto",
+    near: int | None = None,
+    causal: bool = False,
+    segments: Any = None,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+) -> Any:
+    """Attention of this rank's queries to the keys of all ranks.
+
+    Collective: all ranks call it, with the same options and dtypes, each with its own shards.
+
+    Args:
+        q: This rank's queries ``[B, L_r, H, D]``: NumPy arrays, or PyTorch tensors in CPU memory
+            (then differentiable), in any float dtype.
+        k: Its keys ``[B, L_r, G, D]``; G divides H.
+        v: Its values ``[B, L_r, G, D]``.
+        comm: The ranks.
+        sharding: Which positions each rank has.
+        strategy: ``"ring"``, ``"ulysses"``, ``"all_gather"`` or ``"hybrid"``; ``"auto"`` takes the
+            one whose busiest rank sends least (:func:`isoform.parallel.traffic.choose_strategy`)
+            and logs which, and why.
+        near: For the hybrid alone: ranks in a group that exchange heads; divides P.
+        causal: No query attends to a later position.
+        segments: This rank's shard of the segment ids, int32 or int64 ``[L_r]`` or ``[B, L_r]``:
+            attention stays within a segment, and a negative one is padding.
+        window: ``(left, right)``: how many positions before and after its own a query looks, −1
+            for no end; a number stands for both sides.
+        scale: Factor of the logits; ``D**-0.5`` by default.
+
+    Returns:
+        ``out [B, L_r, H, D]``, this rank's shard, in q's dtype.
+
+    Raises:
+        TypeError: An operand has the wrong dtype.
+        ValueError: A shape, option or strategy is wrong; the message names it.
+        Unsupported: Tensors are not in CPU memory.
+        MismatchError: Ranks have come with different calls; raised on all of them.
+
+    Source:
+        The strategies' modules name theirs.
+    """
+    asked = _Asked(comm, sharding, strategy, near, causal, segments, window, scale)
+    if any(is_tensor(x) and x.requires_grad for x in (q, k, v)):
+        from isoform.parallel.torch_function import apply
+
+        return apply(partial(_vjp, asked=replace(asked, differentiated=True)), q, k, v)
+    return _vjp(q, k, v, asked)[0]
+
+
+def attention_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    comm: Communicator,
+    sharding: Sharding,
+    strategy: Strategy = "auto",
+    near: int | None = None,
+    causal: bool = False,
+    segments: Any = None,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+) -> tuple[Any, Backward]:
+    """:func:`attention`, and the function that takes its gradient back (a vector-Jacobian product).
+
+    Args:
+        q, k, v, comm, sharding, strategy, near, causal, segments, window, scale: As in
+            :func:`attention`.
+
+    Returns:
+        ``out``, and a function of ``dout`` (the gradient of the loss by ``out``, in its shape and
+        dtype) that gives ``dq, dk, dv``: this rank's shards, in the shapes and dtype of q, k and v.
+        It is collective too, and may be called several times.
+
+    Raises:
+        As :func:`attention`.
+    """
+    return _vjp(
+        q, k, v, _Asked(comm, sharding, strategy, near, causal, segments, window, scale, True)
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Everything that a call says but for its arrays of numbers."""
+
+    comm: Communicator
+    sharding: Sharding
+    strategy: Strategy
+    near: int | None
+    causal: bool
+    segments: Any
+    window: int | tuple[int, int] | None
+    scale: float | None
+    differentiated: bool = False
+
+    @property
+    def mask(self) -> Mask:
+        """Who attends to whom. Collective: masks are computed from all ranks' segments."""
+        segments = None
+        if (own := self.segments) is not None:
+            own = own.detach().cpu().numpy() if is_tensor(own) else own
+            shapes = [(*own.shape[:-1], length) for length in self.sharding.lengths]
+            segments = tuple(self.comm.all_gather(own, shapes, operation="segments"))
+        return Mask(self.sharding, segments, self.causal, self.window, self.scale)
+
+    @property
+    def way(self) -> tuple[Callable[..., tuple[Any, Any]], Callable[..., Gradients]]:
+        """The strategy's forward and backward."""
+        if self.strategy == "all_gather":
+            return all_gather.forward, all_gather.backward
+        if self.strategy == "ring":
+            alone = [[rank] for rank in range(self.comm.size)]
+            return partial(ring.forward, groups=alone), partial(ring.backward, groups=alone)
+        near = self.comm.size if self.near is None else self.near
+        return partial(hybrid.forward, near=near), partial(hybrid.backward, near=near)
+
+
+def _vjp(q: Any, k: Any, v: Any, asked: _Asked) -> tuple[Any, Backward]:
+    _check_on_all_ranks(q, k, v, asked)
+    if asked.strategy == "auto":
+        B, _, H, D = q.shape
+        sizes = Sizes(B, H, k.shape[2], D, q.dtype.itemsize)
+        choice = choose_strategy(asked.sharding, sizes)
+        if asked.comm.rank == 0:
+            LOG.info("%s", choice)
+        asked = replace(asked, strategy=cast(Strategy, choice.strategy), near=choice.near)
+    comm, mask = asked.comm, asked.mask
+    forward, backward = asked.way
+    out, saved = forward(q, k, v, comm=comm, mask=mask)
+
+    def take_back(dout: Any) -> Gradients:
+        if tuple(dout.shape) != tuple(out.shape) or dout.dtype != out.dtype:
+            raise ValueError(
+                f"dout must be like out, {out.dtype} {tuple(out.shape)}, "
+                f"got {dout.dtype} {tuple(dout.shape)}"
+            )
+        found = backward(dout, saved, comm=comm, mask=mask)
+        return Gradients(*(astype_of(dx, x) for dx, x in zip(found, (q, k, v), strict=True)))
+
+    return out, take_back
+
+
+def _check_on_all_ranks(q: Any, k: Any, v: Any, asked: _Asked) -> None:
+    """Raise unless the call is right here and the same everywhere.
+
+    A rank that raised alone would leave the others waiting, so all are told what is wrong with one.
+    """
+    problem: Exception | None = None
+    facts: dict[str, Any] = {}
+    try:
+        call = attention_call(
+            q,
+            k,
+            v,
+            causal=asked.causal,
+            segments=asked.segments,
+            window=asked.window,
+            scale=asked.scale,
+        )
+        _check_here(q, k, v, asked)
+    except (TypeError, ValueError, Unsupported) as error:
+        problem = error
+    else:
+        facts = {name: getattr(call.shape, name) for name in "BHGD"}
+        facts |= {"dtype": call.dtype, "library": "torch" if is_tensor(q) else "numpy"}
+        facts["segments"] = "none"
+        if (segments := asked.segments) is not None:
+            facts["segments"] = f"{dtype_name(segments)} with {len(segments.shape)} axes"
+        facts["window"] = resolve_window(asked.window)
+        for name in ("sharding", "strategy", "near", "causal", "scale", "differentiated"):
+            facts[name] = str(getattr(asked, name))
+    try:
+        asked.comm.agree(error=None if problem is None else str(problem), **facts)
+    finally:
+        if problem is not None:
+            raise problem
+
+
+def _check_here(q: Any, k: Any, v: Any, asked: _Asked) -> None:
+    """Raise for what attention by itself does not know of."""
+    comm, sharding, near = asked.comm, asked.sharding, asked.near
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_array(name, x)
+        if is_tensor(x) != is_tensor(q):
+            raise TypeError(f"{name} must be of the library of q, got {type(x).__name__}")
+        if is_tensor(x) and x.device.type != "cpu":
+            raise Unsupported([f"device {x.device.type} (cpu only)"], "isoform.parallel")
+    if asked.strategy not in get_args(Strategy):
+        known = ", ".join(get_args(Strategy))
+        raise ValueError(f"strategy must be one of {known}, got {asked.strategy!r}")
+    if sharding.ranks != comm.size:
+        raise ValueError(f"the sharding is for {sharding.ranks} ranks, but there are {comm.size}")
+    held = sharding.lengths[comm.rank]
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[1] != held:
+            raise ValueError(
+                f"{name} must have the {held} positions of rank {comm.rank} on axis 1, "
+                f"got shape {tuple(x.shape)}"
+            )
+    if (asked.strategy == "hybrid") != (near is not None):
+        raise ValueError(f"near is what the hybrid strategy needs, and no other; got near={near}")
+    if near is not None and (near < 1 or comm.size % near):
+        raise ValueError(f"near must divide the {comm.size} ranks, got near={near}")

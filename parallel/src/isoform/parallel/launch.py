@@ -1,0 +1,254 @@
+"""Start ranks, run one function on all of them, and bring back what it returned.
+
+What :func:`~isoform.parallel.communicators.simulated.simulate` does with threads, :func:`launch`
+does with processes that MPI or ``torch.distributed`` join, so that a test or a notebook runs the
+same function on either. Arguments and results travel as pickles in a temporary folder.
+
+Nothing is left running and nothing waits for ever: the first rank that fails ends the others, a
+time limit ends all of them, and in both cases the error shows every rank's traceback, or where the
+rank was when time was up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import importlib.util
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from isoform.parallel.communicator import CommunicationError, Communicator
+
+Result = TypeVar("Result")
+Transport = Literal["mpi", "gloo"]
+
+GRACE = 5.0
+"""Seconds that processes have to end after they were asked to, before they are killed."""
+
+MARGIN = 0.5
+"""Seconds before the limit at which ranks write down where they are."""
+
+POLL = 0.01
+"""Seconds between two looks at the ranks."""
+
+
+class LaunchError(CommunicationError):
+    """A rank failed, or time was up.
+
+    Attributes:
+        tracebacks: By rank, what the ranks that failed or were stopped had to say; the rank that
+            failed first is first.
+    """
+
+    def __init__(self, message: str, tracebacks: Mapping[int, str], ranks: int) -> None:
+        self.tracebacks = dict(tracebacks)
+        shown = [f"--- rank {r} of {ranks} ---\n{text}" for r, text in tracebacks.items()]
+        super().__init__("\n".join([message, *shown]))
+
+
+def launch(
+    function: Callable[..., Result],
+    ranks: int,
+    *args: Any,
+    transport: Transport = "mpi",
+    limit: float = 60.0,
+    threads: int = 1,
+    **kwargs: Any,
+) -> list[Result]:
+    """Run ``function(comm, *args, **kwargs)`` on ``ranks`` processes of this machine.
+
+    Args:
+        function: At the top level of a module, so that other processes can find it. Called with a
+            :class:`~isoform.parallel.Communicator` first.
+        ranks: P, 1 or more; more than there are cores is legal.
+        args: Given to every rank; must survive pickling.
+        transport: ``"mpi"`` (started by ``mpiexec``), or ``"gloo"`` of ``torch.distributed``.
+        limit: Seconds after which all ranks are ended.
+        threads: Threads that numerical libraries may use in each rank.
+        kwargs: As args.
+
+    Returns:
+        What the function returned, by rank.
+
+    Raises:
+        ValueError: ``ranks`` is less than 1 or the transport is unknown.
+        TypeError: The function is not at the top level of a module.
+        ImportError: mpi4py, ``mpiexec`` or torch is missing; the message says what to install.
+        LaunchError: A rank failed or did not return in time.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks must be at least 1, got {ranks}")
+    if transport not in get_args(Transport):
+        raise ValueError(f"transport must be one of {', '.join(get_args(Transport))}")
+    if "<" in function.__qualname__:
+        raise TypeError(f"{function.__qualname__} is not at the top level of a module")
+
+    with tempfile.TemporaryDirectory(prefix="isoform-") as name:
+        folder = Path(name)
+        found = (function.__module__, sys.modules[function.__module__].__file__)
+        deadline = time.time() + limit  # by the clock that all processes share
+        job = (transport, deadline, *found, function.__qualname__)
+        (folder / "job").write_bytes(pickle.dumps(job))
+        (folder / "arguments").write_bytes(pickle.dumps((args, kwargs)))
+        status = _run(_commands(transport, ranks, folder), folder, limit, threads)
+        return _results(folder, ranks, status, limit)
+
+
+def mpiexec() -> str:
+    """The program that starts MPI ranks: that beside this Python, or else the first on the path.
+
+    Raises:
+        ImportError: There is none; the message says what to install.
+    """
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which("mpiexec", path=beside) or shutil.which("mpiexec")
+    if found is None:
+        raise ImportError("no mpiexec is found: install one with 'pip install \"isoform[mpi]\"'")
+    return found
+
+
+def _commands(transport: Transport, ranks: int, folder: Path) -> list[tuple[list[str], str]]:
+    """The processes to start, each with the rank it is told to be, if it is told."""
+    program = ["-m", "isoform.parallel.launch", str(folder)]
+    if transport == "mpi":
+        command = [mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", *program]
+        return [(command, "")]
+    return [([sys.executable, *program], f"{rank}/{ranks}") for rank in range(ranks)]
+
+
+def _run(
+    commands: Sequence[tuple[list[str], str]], folder: Path, limit: float, threads: int
+) -> str:
+    """Run all until they end, one fails or time is up; an empty string if all went well."""
+    count = str(threads)
+    started: list[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + limit
+    with (folder / "output").open("wb") as output, _ended(started):
+        for command, rank in commands:
+            env = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+            env |= {"MKL_NUM_THREADS": count, "ISOFORM_RANK": rank}
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # so that all it starts can be ended with it
+                )
+            )
+        while None in (codes := [process.poll() for process in started]) and not any(codes):
+            if time.monotonic() > deadline:
+                return "time"
+            time.sleep(POLL)
+        if any(codes):
+            return "failed"
+        started.clear()  # all have ended by themselves
+        return ""
+
+
+@contextlib.contextmanager
+def _ended(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Whatever happens within, no process outlives it."""
+    try:
+        yield
+    finally:
+        for send in (signal.SIGTERM, signal.SIGKILL):
+            for process in started:
+                # the group, not the process: what mpiexec has started is in it
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, send)
+            for process in started:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+
+
+def _results(folder: Path, ranks: int, status: str, limit: float) -> list[Any]:
+    """What all ranks returned, or the LaunchError that says what went wrong."""
+    paths = [folder / f"result-{rank}" for rank in range(ranks)]
+    missing = [rank for rank, path in enumerate(paths) if not path.exists()]
+    if not status and not missing:
+        return [pickle.loads(path.read_bytes()) for path in paths]
+
+    errors = [folder / f"error-{rank}" for rank in range(ranks)]
+    said = [path for path in errors if path.exists() and path.stat().st_size]
+    said.sort(key=lambda path: path.stat().st_mtime_ns)  # others may fail because the first did
+    tracebacks = {errors.index(path): path.read_text() for path in said}
+    message = f"not done after {limit:g} s" if status == "time" else "failed"
+    message += f": no result of ranks {', '.join(map(str, missing))} of {ranks}"
+    if not said:  # killed, or never begun: then what was printed is all there is
+        message += f"\n{(folder / 'output').read_text(errors='replace').strip()}"
+    raise LaunchError(message, tracebacks, ranks)
+
+
+# --- in a rank ---
+
+
+def _main(folder: Path) -> None:
+    transport, deadline, *found, name = pickle.loads((folder / "job").read_bytes())
+    # Should nobody be there any more to end this:
+    signal.alarm(max(1, math.ceil(deadline - time.time() + 2 * GRACE)))
+    comm, ours = _communicators(transport, folder)
+    with (folder / f"error-{comm.rank}").open("w") as errors:
+        # Shortly before the limit every rank writes down where it is.
+        left = deadline - MARGIN - time.time()
+        faulthandler.dump_traceback_later(max(left, POLL), file=errors)
+        try:
+            function = getattr(_module(*found), name)
+            # Only now, since they may be of classes that the module defines.
+            args, kwargs = pickle.loads((folder / "arguments").read_bytes())
+            result = function(comm, *args, **kwargs)
+        except BaseException:
+            errors.write(traceback.format_exc())
+            errors.flush()
+            raise
+        ours.barrier()  # a rank that leaves early may take others' messages with it
+        faulthandler.cancel_dump_traceback_later()
+    unfinished = folder / f"unfinished-{comm.rank}"
+    unfinished.write_bytes(pickle.dumps(result))
+    unfinished.rename(folder / f"result-{comm.rank}")
+
+
+def _communicators(transport: Transport, folder: Path) -> tuple[Communicator, Communicator]:
+    """One for the function, and one for us, whose messages the function's cannot meet."""
+    if transport == "mpi":
+        from isoform.parallel.communicators.mpi import MPICommunicator
+
+        return MPICommunicator(), MPICommunicator()
+    from isoform.parallel.communicators.torch_distributed import TorchCommunicator, load
+
+    rank, ranks = map(int, os.environ["ISOFORM_RANK"].split("/"))
+    store = f"file://{folder / 'store'}"
+    load().init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    return TorchCommunicator(), TorchCommunicator(load().new_group())
+
+
+def _module(name: str, file: str) -> Any:
+    """The function's module: by its name where that leads to the same file, else by the file."""
+    with contextlib.suppress(ImportError):
+        found = importlib.import_module(name)
+        if found.__file__ == file:
+            return found
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no module")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,153 @@
+"""What one rank computes by itself: attention to a block of keys, and how blocks are merged.
+
+The strategies are written once for NumPy arrays and PyTorch tensors. Here is where a call reaches
+the library whose arrays it came with: the tiled forms of the reference, in float32 (float64 for
+float64), whose memory grows with the lengths and not with their product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from isoform.parallel.arrays import Array, as_like, is_tensor
+from isoform.parallel.sharding import Sharding
+from isoform.reference.numpy.attention import attention_delta
+from isoform.reference.numpy.attention import merge as merge_arrays
+from isoform.reference.numpy.attention_tiled import (
+    attention_block_backward_tiled,
+    attention_block_tiled,
+)
+
+BLOCK_Q, BLOCK_K = 256, 512
+"""Queries, and keys, that are worked on at once."""
+
+
+class Gradients(NamedTuple):
+    """The gradients of this rank's shards of q, k and v, in their shapes."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+
+
+class Saved(NamedTuple):
+    """What the backward of a strategy needs of its forward."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any  # rounded to q's dtype
+    lse: Any
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Who attends to whom: what every rank knows of all ranks.
+
+    Attributes:
+        sharding: Where each rank's positions are.
+        segments: By rank, int ``[L_r]`` or ``[B, L_r]``, or None where all is one segment.
+        causal: No query attends to a later position.
+        window: How far a query looks, as in :func:`isoform.reference.numpy.attention.attention`.
+        scale: Factor of the logits, or None for ``D**-0.5``.
+    """
+
+    sharding: Sharding
+    segments: tuple[Any, ...] | None = None
+    causal: bool = False
+    window: int | tuple[int, int] | None = None
+    scale: float | None = None
+
+    def to_all(self, rank: int, like: Any) -> dict[str, Any]:
+        """The options of attention from one rank's shard to the whole, in its own order."""
+        every = range(self.sharding.ranks)
+        options = self.between([rank], every, like)
+        order = as_like(np.argsort(self._places(every)), like)
+        for name in ("key_positions", "key_segments"):
+            if name in options:
+                options[name] = options[name][..., order]
+        return options
+
+    def between(self, queries: Sequence[int], keys: Sequence[int], like: Any) -> dict[str, Any]:
+        """The options of attention from the shards of some ranks to those of others.
+
+        Args:
+            queries: Ranks whose queries attend, in the order in which their shards lie.
+            keys: Ranks whose keys they attend to, likewise.
+            like: An array of the library and device that the options are for.
+        """
+        options: dict[str, Any] = {
+            "causal": self.causal,
+            "window": self.window,
+            "scale": self.scale,
+            "positions": as_like(self._places(queries), like),
+            "key_positions": as_like(self._places(keys), like),
+        }
+        if self.segments is not None:
+            options["segments"] = self._segments(queries, like)
+            options["key_segments"] = self._segments(keys, like)
+        return options
+
+    def length(self, ranks: Sequence[int]) -> int:
+        """How many positions some ranks have together."""
+        return sum(self.sharding.lengths[rank] for rank in ranks)
+
+    def _places(self, ranks: Sequence[int]) -> Array:
+        return np.concatenate([self.sharding.positions(rank) for rank in ranks])
+
+    def _segments(self, ranks: Sequence[int], like: Any) -> Any:
+        assert self.segments is not None
+        own: list[Array] = [np.asarray(self.segments[rank]) for rank in ranks]
+        return as_like(np.concatenate(own, axis=-1), like)
+
+
+def attend(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """``out`` and ``lse`` of one block of keys, at least float32."""
+    if is_tensor(q):
+        from isoform.reference.torch.attention import attention_block_tiled as tiled
+
+        return tiled(q, k, v, **options, block_q=BLOCK_Q)
+    options = {**options, "compute_dtype": _compute_dtype(q)}
+    return attention_block_tiled(q, k, v, **options, block_q=BLOCK_Q, block_k=BLOCK_K)
+
+
+def differentiate(
+    dout: Any, q: Any, k: Any, v: Any, lse: Any, delta: Any, options: dict[str, Any]
+) -> Gradients:
+    """What one block of keys gives to ``dq``, and its ``dk`` and ``dv``, at least float32."""
+    if is_tensor(q):
+        from isoform.reference.torch.attention import attention_block_backward_tiled as tiled
+
+        return Gradients(*tiled(dout, q, k, v, lse, delta, **options, block_q=BLOCK_Q))
+    options = {**options, "compute_dtype": _compute_dtype(q)}
+    return Gradients(
+        *attention_block_backward_tiled(
+            dout, q, k, v, lse, delta, **options, block_q=BLOCK_Q, block_k=BLOCK_K
+        )
+    )
+
+
+def delta_of(dout: Any, out: Any) -> Any:
+    """δ ``[B, H, L_r]``, which the backward of every block needs."""
+    if is_tensor(out):
+        from isoform.reference.torch.attention import attention_delta as of_tensors
+
+        return of_tensors(dout, out)
+    return attention_delta(dout, out, compute_dtype=_compute_dtype(out))
+
+
+def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
+    """Attention to two blocks of keys from that to each (rule EVO-11)."""
+    if is_tensor(out_a):
+        from isoform.reference.torch.attention import merge as of_tensors
+
+        return of_tensors(out_a, lse_a, out_b, lse_b)
+    return merge_arrays(out_a, lse_a, out_b, lse_b)
+
+
+def _compute_dtype(x: Array) -> np.dtype[Any]:
+    return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)

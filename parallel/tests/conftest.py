@@ -1,0 +1,59 @@
+"""What the tests of the parallel layer share: ways to run one function on several ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from isoform.parallel.communicators.simulated import simulate
+from isoform.parallel.launch import launch
+
+# World sizes of each transport. A rank of torch's takes seconds to start.
+SIZES = {"simulated": (1, 2, 3, 4, 8), "mpi": (1, 2, 3, 4, 8), "gloo": (3,)}
+WORLDS = [
+    pytest.param((transport, size), id=f"{transport}-{size}", marks=marks)
+    for transport, sizes in SIZES.items()
+    for size in sizes
+    for marks in ([pytest.mark.mpi] if transport == "mpi" else [],)
+]
+
+
+def load(name: str) -> ModuleType:
+    """A module of functions that ranks run, from this folder, without pytest in it."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def programs() -> ModuleType:
+    """The functions that ranks run."""
+    return load("parallel_programs")
+
+
+@pytest.fixture(params=WORLDS)
+def world(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """A transport and how many ranks."""
+    return request.param
+
+
+@pytest.fixture
+def run() -> Callable[..., list[Any]]:
+    """Run a function on every rank of a world; what each returned, by rank."""
+
+    def on_all_ranks(function: Any, world: tuple[str, int], *args: Any, **kwargs: Any) -> list[Any]:
+        transport, size = world
+        if transport == "simulated":
+            return simulate(function, size, *args, **kwargs)
+        return launch(function, size, *args, transport=transport, **kwargs)
+
+    return on_all_ranks
