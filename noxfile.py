@@ -10,6 +10,7 @@ fetch uv for itself, which makes an environment with torch in seconds.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,23 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PINS = Path("ci/constraints.txt")
 COMPONENTS = ("reference", "kernels", "parallel", "conformance")
 EMULATED = "isoform.conformance.implementations.emulated:CUDA_EMULATED"
+EMULATED_CASES = (
+    "evoformer/length-17/*",
+    "evoformer/length-65/bf16/*",  # several tiles
+    "evoformer/head-dim-128/bf16/*",
+    "evoformer/head-dim-24/fp16/*",
+    "evoformer/heads-4-1/bf16/*",
+    *("evoformer/operands/bf16/bare", "evoformer/operands/bf16/mask"),
+    "evoformer/operands/bf16/mask+*",  # every combination of mask bias, pair bias and gate
+    "evoformer/layout/bf16/*",  # rows that lie on 16 bytes, and such that do not
+    "evoformer/values/bf16/all-masked",
+    "evoformer/values/bf16/garbage-in-dropped",
+    "evoformer/values/bf16/minus-inf-bias",
+    "evoformer/empty/bf16/*",
+)
+"""What a processor can emulate in a minute: every pass of both kernels, most of which is compiling
+some fifty variants."""
+SANITIZED_CASES = "evoformer/length-17/*"
 QUICK_CASE = "evoformer/length-17/fp32/all-operands"
 OLDEST_PYTHON = next(
     (v for v in nox.project.python_versions(PROJECT) if shutil.which(f"python{v}")), None
@@ -91,16 +109,78 @@ def compile_gate(session: nox.Session) -> None:
     pytest(session, "-m", "nvrtc", "kernels/tests/test_compile_gate.py")
 
 
-@nox.session(default=False)
+@nox.session
 def emulate(session: nox.Session) -> None:
-    """The CUDA kernels run on the processor: the quick cases, the smaller ones under sanitizers."""
+    """The CUDA kernels run on the processor, the smallest case under sanitizers. No GPU."""
     install(session, "conformance", groups="test")
     session.run("python", "-m", "isoform.kernels.emulate")  # says what it cannot see
     suite = ("-p", "isoform.conformance.plugin", "--pyargs", "isoform.conformance.suite")
-    asked = (*suite, f"--impl={EMULATED}", "--tag=quick")
-    pytest(session, *asked)
+    judged = (*suite, f"--impl={EMULATED}")
+    judged += ("-k", "not memory")  # NumPy's, here: `nox -s gpu` measures a GPU's
+    pytest(session, *judged, *(f"--case={case}" for case in EMULATED_CASES))
     sanitized = ("python", "-m", "isoform.kernels.emulate.sanitized", "-m", "pytest", "-n2")
-    session.run(*sanitized, *asked, "-k", "not small and not memory", *session.posargs)
+    session.run(*sanitized, *judged, f"--case={SANITIZED_CASES}")
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """What needs an NVIDIA GPU; fails where there is none. ``-- --large`` adds the full sizes.
+
+    The tests that want one; every case on `cuda` and on `cuda-plain`, of which a line each goes
+    into ci/results/gpu.jsonl; and the quick cases under compute-sanitizer.
+    """
+    install(session, "torch", "conformance", cuda_extra(session), groups="test")
+    tested = ("kernels/tests", "conformance/tests/test_oracle.py")
+    session.run("pytest", *tested, env={"ISOFORM_REQUIRE_GPU": "1"})
+    for name in ("CUDA", "CUDA_PLAIN"):
+        judged = f"isoform.conformance.implementations.cuda:{name}"
+        record = ("ci/gpu_record.py", judged, "ci/results/gpu.jsonl")
+        session.run("python", *record, *session.posargs)
+
+    sanitizer = compute_sanitizer(session)
+    quick = ("-p", "isoform.conformance.plugin", "--pyargs", "isoform.conformance.suite")
+    quick += ("--impl=cuda", "--impl=cuda-plain", "--device=cuda", "--tag=quick")
+    for tool in ("memcheck", "racecheck"):
+        session.run(
+            *(sanitizer, f"--tool={tool}", "--error-exitcode=1", "--kernel-regex=kns=evoformer"),
+            *("python", "-m", "pytest", *quick, "-k", "not memory"),
+            env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # or one array may run into the next
+            external=True,
+        )
+
+
+def cuda_extra(session: nox.Session) -> str:
+    """`cuda12` or `cuda13`, as the driver is."""
+    if not shutil.which("nvidia-smi"):
+        session.error("there is no NVIDIA driver here: nvidia-smi, which comes with it, is missing")
+    said = session.run("nvidia-smi", external=True, silent=True)
+    version = re.search(r"CUDA (?:\w+ )?Version:\s*(\d+)", str(said))
+    if version is None:
+        session.error(f"nvidia-smi says of no CUDA version:\n{said}")
+    return f"cuda{min(int(version[1]), 13)}"
+
+
+def compute_sanitizer(session: nox.Session) -> str:
+    """Where the program is, which no wheel has."""
+    homes = [
+        Path(os.environ[name]) / "bin" for name in ("CUDA_PATH", "CUDA_HOME") if name in os.environ
+    ]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, homes)])
+    found = shutil.which("compute-sanitizer", path=path)
+    if found is None:
+        session.error(
+            "compute-sanitizer is missing: it comes with the CUDA toolkit (of NVIDIA's packages, "
+            "cuda-sanitizer-13-0 or -12-9; of conda-forge's, cuda-sanitizer-api). Put it on PATH "
+            "or set CUDA_HOME. All else in this session has passed"
+        )
+    return str(found)
+
+
+@nox.session(default=False)
+def mpi(session: nox.Session) -> None:
+    """Ranks that are processes of MPI, on the MPICH that pip installs: 1, 2, 3, 4 and 8 of them."""
+    install(session, "torch", "conformance", "mpi", groups="test")
+    session.run("pytest", "-m", "mpi", "parallel/tests", *session.posargs)  # they share the cores
 
 
 @nox.session

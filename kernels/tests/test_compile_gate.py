@@ -4,6 +4,7 @@ These need NVRTC and the CUDA headers (``isoform[cuda13]``), neither a GPU nor a
 compile`` installs them. Where they are missing the tests fail, they do not skip.
 """
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def test_variant(variant, recorded):
     compiled = variant.compile()
     assert compiled.cubin.startswith(b"\x7fELF")
     assert compiler.warnings(compiled.log) == []
-    said = gate.complaints(str(variant), compiler.resources(compiled.log), recorded)
+    taken = compiler.resources(compiled.log)
+    said = gate.complaints(str(variant), taken, recorded) + gate.spills({str(variant): taken})
     assert not said, "\n".join([*said, f"if that is meant: {ANEW}"])
 
 
@@ -105,6 +107,16 @@ def test_a_kernel_compiles_without_a_gpu(folder, architecture):
     assert taken.registers > 0
     assert taken.shared_bytes >= 512  # newer architectures keep some for themselves
     assert taken.spill_stores == taken.spill_loads == taken.stack_bytes == 0
+
+
+def test_machine_code_is_whole(folder):
+    """As ELF says how long it is: CuPy leaves off the last byte."""
+    cubin = scale().cubin
+    for at, sizes in ((32, 54), (40, 58)):  # of program headers, and of section headers
+        (offset,) = struct.unpack_from("<Q", cubin, at)
+        size, count = struct.unpack_from("<HH", cubin, sizes)
+        assert count
+        assert offset + size * count <= len(cubin)
 
 
 def test_an_error_names_file_and_line(folder):

@@ -20,9 +20,11 @@ from isoform.kernels.emulate import (
     KernelFault,
     Order,
     build,
+    check,
     host_compiler,
 )
 from isoform.kernels.emulate import __main__ as command
+from isoform.kernels.emulate import program as emulator
 from isoform.kernels.emulate.sanitized import environment
 
 try:
@@ -351,12 +353,29 @@ def test_variants_share_nothing(tmp_path: Path) -> None:
 
 def test_a_program_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = program(tmp_path, SUM)
-    stamp = first.library.stat().st_mtime_ns
-    assert program(tmp_path, SUM).library.stat().st_mtime_ns == stamp
+    written = first.library.stat().st_ino
+    assert program(tmp_path, SUM).library.stat().st_ino == written
     header = tmp_path / "header.cuh"
     header.write_text("// a header of the folder counts as source\n")
     assert program(tmp_path, SUM).library != first.library
     assert not list(first.library.parent.glob("tmp*"))  # nothing half-made is left
+
+
+def test_programs_least_recently_used_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, used = (program(tmp_path, SUM, VARIANT=n).library for n in range(2))
+    for age, library in enumerate((used, old)):
+        os.utime(library, (age, age))
+    program(tmp_path, SUM, VARIANT=1)  # used again
+    monkeypatch.setattr(emulator, "CACHE_BYTES", int(2.5 * old.stat().st_size))
+    new = program(tmp_path, SUM, VARIANT=2).library
+    assert set(new.parent.glob("*.so")) == {used, new}
+
+
+def test_a_source_can_be_checked_without_making_a_program(tmp_path: Path) -> None:
+    (tmp_path / "kernel.cu").write_text(f'{PRELUDE}static_assert(SIZE == 8, "eight");{SUM}')
+    check("kernel", folder=tmp_path, defines={"SIZE": 8})
+    with pytest.raises(CompilationFailed, match="eight"):
+        check("kernel", folder=tmp_path, defines={"SIZE": 9})
 
 
 def test_what_is_rejected(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from isoform.kernels import evoformer, evoformer_attention, evoformer_attention_backward, explain
 from isoform.kernels.deepspeed import DS4Sci_EvoformerAttention
-from isoform.reference.contract import Unsupported, evoformer_call
+from isoform.reference.contract import Unsupported
 
 
 def operands(dtype="float32", **sizes):
@@ -62,13 +62,34 @@ def test_the_backward_checks_its_cotangent_first():
 
 def test_explain_names_each_kernel_and_why_it_declines():
     explained = explain(**operands())
-    assert list(explained) == ["cuda-plain"]
-    assert "device cpu" in explained["cuda-plain"][0]
+    assert list(explained) == ["cuda-tensor", "cuda-plain"]
+    assert all(any("device cpu" in reason for reason in why) for why in explained.values())
+    assert any("dtype float32" in reason for reason in explained["cuda-tensor"])
+    assert not any("dtype" in reason for reason in explained["cuda-plain"])
 
 
-def test_a_call_on_a_gpu_is_given_to_the_plain_kernel():
-    call = evoformer_call(**operands(), device="cuda")
-    assert evoformer.select(call, deterministic=True).name == "cuda-plain"
+def on_a_gpu(monkeypatch, architecture="sm_90"):
+    monkeypatch.setattr(evoformer, "whereabouts", lambda x: ("cuda", architecture))
+
+
+def test_explain_says_which_kernel_would_run(monkeypatch):
+    on_a_gpu(monkeypatch)
+    assert explain(**operands("float16"), deterministic=True)["cuda-tensor"] == ()
+    on_a_gpu(monkeypatch, "sm_75")
+    explained = explain(**operands("float16"))
+    assert any("sm_75" in reason for reason in explained["cuda-tensor"])
+    assert explained["cuda-plain"] == ()
+
+
+@pytest.mark.parametrize("attention", [evoformer_attention, evoformer_attention_backward])
+def test_a_kernel_asked_for_by_name_runs_or_says_why_not(attention, monkeypatch):
+    dout = [operands()["q"]] if attention is evoformer_attention_backward else []
+    with pytest.raises(ValueError, match="must be one of cuda-tensor, cuda-plain, got 'fastest'"):
+        attention(*dout, **operands(), kernel="fastest")
+    on_a_gpu(monkeypatch)
+    with pytest.raises(Unsupported, match="cuda-tensor: dtype float32") as raised:
+        attention(*dout, **operands(), kernel="cuda-tensor")
+    assert len(raised.value.reasons) == 1
 
 
 class Recorded(Exception):

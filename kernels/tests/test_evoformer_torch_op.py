@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 from isoform.kernels import evoformer, evoformer_attention, torch_op  # noqa: E402
+from isoform.kernels.choice import BY_NAME  # noqa: E402
 from isoform.reference.torch import evoformer_attention as reference  # noqa: E402
 
 
@@ -24,27 +25,50 @@ def arrays(*operands):
 
 
 @torch_op.attention.register_kernel("cpu")
-def _(q, k, v, mask, mask_bias, pair_bias, gate, scale):
+def _(q, k, v, mask, mask_bias, pair_bias, gate, scale, kernel, return_lse, save):
     q, k, v, mask, mask_bias, pair_bias, gate = arrays(q, k, v, mask, mask_bias, pair_bias, gate)
     biases = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    results = oracle.evoformer_attention(q, k, v, **biases, scale=scale, return_lse=True)
-    return tuple(torch.from_numpy(x) for x in results)
+    out, lse = map(
+        torch.from_numpy,
+        oracle.evoformer_attention(q, k, v, **biases, scale=scale, return_lse=True),
+    )
+    # what is saved here is the lse, for each thing that the kernel saves, so that it can be known
+    planes = sum(BY_NAME[kernel].saved.values()) // 2
+    kept = torch.stack([lse.short()] * planes) if save else torch.empty(0, dtype=torch.int16)
+    return out, lse.float() if return_lse else torch.empty(0), kept
+
+
+BACKWARDS = []
+"""What each backward was given to do with: the kernel's name, its output and what it saved."""
 
 
 @torch_op.attention_backward.register_kernel("cpu")
-def _(dout, q, k, v, mask, mask_bias, pair_bias, gate, scale, wanted):
+def _(dout, q, k, v, mask, mask_bias, pair_bias, gate, out, saved, scale, kernel, wanted):
+    BACKWARDS.append((kernel, out, saved))
     dout, q, k, v, *rest = arrays(dout, q, k, v, mask, mask_bias, pair_bias, gate)
     biases = dict(zip(("mask", "mask_bias", "pair_bias", "gate"), rest, strict=True))
     found = oracle.evoformer_attention_backward(dout, q, k, v, **biases, scale=scale)
     return [
-        torch.from_numpy(np.array(x)) if needed else torch.empty(0)
+        torch.from_numpy(np.array(x)) if needed and x is not None else torch.empty(0, dtype=DTYPE)
         for x, needed in zip(found, wanted, strict=True)
     ]
 
 
+DTYPE = torch.float32
+
+
 @pytest.fixture(autouse=True)
 def a_cpu_counts_as_a_gpu(monkeypatch):
-    monkeypatch.setattr(evoformer, "device_kind", lambda x: "cuda")
+    monkeypatch.setattr(evoformer, "whereabouts", lambda x: ("cuda", "sm_90"))
+    BACKWARDS.clear()
+
+
+@pytest.fixture(params=["cuda-plain", "cuda-tensor"])
+def kernel(request, monkeypatch):
+    """Each kernel by name, in float32: what it declines is not what these tests are about."""
+    chosen = BY_NAME[request.param]
+    monkeypatch.setattr(evoformer, "select", lambda call, **asked: chosen)
+    return request.param
 
 
 def operands(*, requires_grad=DIFFERENTIABLE, without=()):
@@ -67,20 +91,81 @@ def operands(*, requires_grad=DIFFERENTIABLE, without=()):
             for name, x in made.items()}  # fmt: skip
 
 
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("without", [(), ("mask", "gate"), ("mask_bias", "pair_bias")])
-def test_opcheck(without):
-    torch.library.opcheck(torch_op.attention, (*operands(without=without).values(), 0.5))
+def test_opcheck(without, return_lse, save, kernel):
+    wants = () if BY_NAME[kernel].saved and not save else DIFFERENTIABLE
+    made = operands(without=without, requires_grad=wants)
+    save = save and bool(BY_NAME[kernel].saved)
+    torch.library.opcheck(torch_op.attention, (*made.values(), 0.5, kernel, return_lse, save))
 
 
-def test_opcheck_of_the_backward():
+@pytest.mark.parametrize("kept", [False, True])
+def test_opcheck_of_the_backward(kept, kernel):
     made = operands(requires_grad=())
     dout = torch.ones_like(made["q"])
+    saved = (dout, torch.ones(3, 2, 3, 4, 5, dtype=torch.int16)) if kept else (None, None)
     wanted = [True, False, True, True, False, True]
-    torch.library.opcheck(torch_op.attention_backward, (dout, *made.values(), 0.5, wanted))
+    torch.library.opcheck(
+        torch_op.attention_backward, (dout, *made.values(), *saved, 0.5, kernel, wanted)
+    )
+
+
+def test_what_is_kept_for_the_backward_is_up_to_the_kernel(kernel):
+    made = operands()
+    out, lse = evoformer_attention(**made, return_lse=True)
+    out.sum().backward()
+    ((name, kept_out, saved),) = BACKWARDS
+    assert name == kernel
+    if kernel == "cuda-plain":
+        assert kept_out is None and saved is None
+    else:
+        assert torch.equal(kept_out, out)
+        assert torch.equal(saved, torch.stack([lse.short()] * 3))
+
+
+def test_nothing_is_saved_where_no_gradient_is_wanted(kernel, monkeypatch):
+    asked = []
+    attention = torch_op.attention
+
+    def record(*arguments):
+        asked.append(arguments[-2:])
+        return attention(*arguments)
+
+    monkeypatch.setattr(torch_op, "attention", record)
+    evoformer_attention(**operands(requires_grad=()))
+    with torch.no_grad():
+        evoformer_attention(**operands(), return_lse=True)
+    evoformer_attention(**operands())
+    saves = kernel == "cuda-tensor"
+    assert asked == [(False, False), (True, False), (False, saves)]
+
+
+@pytest.mark.parametrize(("return_lse", "save"), [(False, False), (True, False), (True, True)])
+def test_fake_tensors_have_the_shapes_of_the_results(return_lse, save):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        made = {
+            name: torch.empty(x.shape, dtype=x.dtype if name == "mask" else torch.bfloat16)
+            for name, x in operands(requires_grad=()).items()
+        }
+        made["q"] = made["q"].transpose(0, 1).contiguous().transpose(0, 1)
+        out, lse, saved = torch_op.attention(*made.values(), 0.5, "cuda-tensor", return_lse, save)
+        gradients = torch_op.attention_backward(
+            *(out, *made.values(), out, saved, 0.5, "cuda-tensor", [True] * 6)
+        )
+    assert out.shape == made["q"].shape and out.is_contiguous() and out.dtype == torch.bfloat16
+    assert lse.shape == ((2, 3, 4, 5) if return_lse else (0,))
+    assert saved.shape == ((3, 2, 3, 4, 5) if save else (0,))
+    assert (lse.dtype, saved.dtype) == (torch.float32, torch.int16)
+    assert [x.shape for x in gradients] == [made[name].shape for name in DIFFERENTIABLE]
+    assert {x.dtype for x in gradients} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("requires_grad", [DIFFERENTIABLE, ("v",), ("pair_bias", "gate"), ()])
-def test_gradients_reach_the_operands_that_want_them(requires_grad):
+def test_gradients_reach_the_operands_that_want_them(requires_grad, kernel):
     mine, theirs = operands(requires_grad=requires_grad), operands(requires_grad=requires_grad)
     out, expected = evoformer_attention(**mine), reference(**theirs)
     torch.testing.assert_close(out, expected)
@@ -113,7 +198,7 @@ def test_no_second_derivative_is_made_up():
 
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_it_compiles_in_one_graph(return_lse, scale):
+def test_it_compiles_in_one_graph(return_lse, scale, kernel):
     def model(**operands):
         found = evoformer_attention(**operands, scale=scale, return_lse=return_lse)
         return 2 * (found[0] if return_lse else found)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from isoform.kernels import compiler, gate
+from isoform.kernels import compiler, gate, tensor
 from isoform.kernels.compiler import Resources
-from isoform.kernels.gate import Grid, Variant
+from isoform.kernels.gate import Variant
 
 GOOD = Resources(registers=96, shared_bytes=4096, stack_bytes=16)
 RECORDED = {"kernel N=1 sm_80": {"forward": GOOD}}
@@ -16,17 +16,46 @@ def complaints(found, variant="kernel N=1 sm_80"):
     return gate.complaints(variant, found, RECORDED)
 
 
-def test_every_source_is_gated():
-    assert sorted(gate.GRIDS) == sorted(path.stem for path in compiler.SOURCES.glob("*.cu"))
+def test_every_source_is_compiled_for_every_architecture():
+    chosen = {(variant.name, variant.architecture) for variant in gate.variants()}
+    sources = [path.stem for path in compiler.SOURCES.glob("*.cu")]
+    assert chosen >= {(name, arch) for name in sources for arch in gate.ARCHITECTURES}
 
 
-def test_variants_are_all_combinations():
-    grids = {"kernel": Grid({"N": (0, 1), "M": (8, 64, 128)}), "plain": Grid({}, ["sm_75"])}
-    chosen = gate.variants(grids)
-    assert len(chosen) == len({str(variant) for variant in chosen}) == 6 * 4 + 1
-    assert chosen[0] == Variant("kernel", {"N": 0, "M": 8}, "sm_80")
-    assert str(chosen[0]) == "kernel N=0 M=8 sm_80"
-    assert str(chosen[-1]) == "plain sm_75"
+def test_every_variant_is_another():
+    chosen = gate.variants()
+    assert len({str(variant) for variant in chosen}) == len(chosen)
+    assert str(Variant("kernel", {"N": 0, "M": 8}, "sm_80")) == "kernel N=0 M=8 sm_80"
+
+
+@pytest.mark.parametrize("name", tensor.PASSES)
+def test_every_head_dim_and_every_choice_is_compiled(name):
+    chosen = [variant for variant in gate.variants() if variant.name == f"evoformer_tensor_{name}"]
+    for element, architectures in ((1, {"sm_90"}), (2, set(gate.ARCHITECTURES))):
+        for head_dim in tensor.HEAD_DIMS:
+            found = {
+                variant.architecture
+                for variant in chosen
+                if variant.defines["ELEMENT"] == element
+                and variant.defines["HEAD_DIM"] == head_dim
+                and gate.PRODUCTION.items() <= variant.defines.items()
+            }
+            assert found == architectures
+    never = {"PAIR_BIAS"} if name == "backward_pair_bias" else set()
+    for define in gate.PRODUCTION.keys() - never:
+        assert {variant.defines[define] for variant in chosen} == {0, 1}
+
+
+def test_a_spill_of_a_tensor_core_kernel_is_named():
+    spilling = Resources(registers=255, spill_stores=8, spill_loads=12)
+    figures = {
+        "evoformer_tensor_forward HEAD_DIM=16 sm_80": {"forward": GOOD},
+        "evoformer_tensor_forward HEAD_DIM=32 sm_80": {"forward": spilling},
+        "evoformer_plain HEAD_DIM=256 sm_80": {"forward": spilling},
+    }
+    assert gate.spills(figures) == [
+        "evoformer_tensor_forward HEAD_DIM=32 sm_80: forward spills 8 bytes and reads 12 back"
+    ]
 
 
 def test_the_same_or_better_passes():

@@ -35,6 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from stat import S_ISREG
 from types import MappingProxyType
 from typing import Any
 
@@ -51,6 +52,13 @@ INSTALL = (
     "install isoform[cuda13], or isoform[cuda12] where the driver is of CUDA 12 (the first lines "
     "of nvidia-smi tell)"
 )
+
+CUT_OFF = b"\0"
+"""The last byte of machine code, which CuPy takes for the end of a C string and does not return.
+
+It belongs to the last program header, and is 0. Drivers load a file without it; ``nvdisasm`` and
+other readers of ELF files say that it is damaged. One byte too many harms nobody.
+"""
 
 REFUSED_BY_DRIVER = frozenset(
     {
@@ -281,7 +289,7 @@ def compile_source(
             name,
             architecture,
             dict(defines),
-            bytes(nvrtc.getCUBIN(program)),
+            bytes(nvrtc.getCUBIN(program)) + CUT_OFF,
             _log(nvrtc, program),
         )
     except nvrtc.NVRTCError as error:
@@ -326,7 +334,7 @@ def cached(name: str, *, architecture: str, defines: Mapping[str, Define] = NOTH
             f"compiled kernels cannot be kept in {folder} ({error}): set ISOFORM_CACHE_DIR to a "
             "folder that can be written"
         ) from error
-    _forget_old(folder)
+    forget_old(folder, CACHE_BYTES)
     return file
 
 
@@ -339,6 +347,21 @@ def cache_folder() -> Path:
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isoform"
     return root / "kernels"
+
+
+def forget_old(folder: Path, most: int) -> None:
+    """Remove the least recently used files of ``folder`` until the rest take ``most`` bytes."""
+    files: list[tuple[float, int, Path]] = []
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process is removing files too
+            about = file.stat()
+            if S_ISREG(about.st_mode):
+                files.append((about.st_mtime, about.st_size, file))
+    kept = 0
+    for _, size, file in sorted(files, reverse=True):
+        kept += size
+        if kept > most:
+            file.unlink(missing_ok=True)
 
 
 _LOADED: dict[tuple[int, str, tuple[tuple[str, Define], ...]], Any] = {}
@@ -452,20 +475,6 @@ def _headers_version(include: Path) -> tuple[int, int]:
     if number is None:
         raise CompilerUnavailable(f"the CUDA headers in {include} are damaged: {INSTALL}")
     return int(number[1]) // 1000, int(number[1]) % 1000 // 10
-
-
-def _forget_old(folder: Path) -> None:
-    """Remove the least recently used files, so that the cache stays small."""
-    files: list[tuple[float, int, Path]] = []
-    for file in folder.iterdir():
-        with suppress(FileNotFoundError):  # another process is removing files too
-            about = file.stat()
-            files.append((about.st_mtime, about.st_size, file))
-    kept = 0
-    for _, size, file in sorted(files, reverse=True):
-        kept += size
-        if kept > CACHE_BYTES:
-            file.unlink(missing_ok=True)
 
 
 def _hash(content: bytes) -> str:

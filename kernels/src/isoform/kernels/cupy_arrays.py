@@ -2,56 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import cupy
 
-from isoform.kernels import plain
-from isoform.kernels.arguments import SCRATCH, View
-from isoform.reference.contract import DIFFERENTIABLE, Call
+from isoform.kernels.arguments import View
+from isoform.kernels.choice import Kernel
+from isoform.kernels.launch import Work, prepared
+from isoform.reference.contract import DIFFERENTIABLE, Call, Shape
 
 
 def forward(
-    call: Call, operands: Mapping[str, Any], scale: float, *, return_lse: bool
+    kernel: Kernel, call: Call, operands: Mapping[str, Any], scale: float, *, return_lse: bool
 ) -> tuple[Any, Any]:
     """``out``, and ``lse`` or None."""
     q = operands["q"]
     with cupy.cuda.Device(q.device.id):
         results = {"out": cupy.empty(q.shape, q.dtype)}
         if return_lse:
-            results["lse"] = cupy.empty(call.shape.of("lse"), cupy.float32)
-        plain.launch(
-            plain.forward_launches(call.shape),
-            call.shape,
-            call.dtype,
-            _views({**operands, **results}),
-            scale,
-        )
+            results["lse"] = _empty(call.shape.of("lse"))
+        _run(kernel.forward, kernel.name, call, {**operands, **results}, scale)
     return results["out"], results.get("lse")
 
 
 def backward(
-    call: Call, dout: Any, operands: Mapping[str, Any], scale: float
+    kernel: Kernel, call: Call, dout: Any, operands: Mapping[str, Any], scale: float
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
     """The gradients of all operands that are there, in the order of the contract."""
     wanted = [name for name in DIFFERENTIABLE if name in operands]
     with cupy.cuda.Device(dout.device.id):
+        saved: dict[str, Any] = {}
+        if kernel.saved:  # there is no autograd to have kept them
+            saved = {
+                name: cupy.empty(call.shape.of("lse"), f"u{size}")
+                for name, size in kernel.saved.items()
+            }
+            saved["out"] = cupy.empty(dout.shape, dout.dtype)
+            _run(kernel.forward, kernel.name, call, {**operands, **saved}, scale)
         gradients = {f"d{name}": cupy.empty(operands[name].shape, dout.dtype) for name in wanted}
-        scratch = {name: cupy.empty(call.shape.of("lse"), cupy.float32) for name in SCRATCH}
-        plain.launch(
-            plain.backward_launches(call.shape, wanted),
-            call.shape,
-            call.dtype,
-            _views({**operands, "dout": dout, **gradients, **scratch}),
-            scale,
-        )
+        arrays = {**operands, **saved, "dout": dout, **gradients}
+
+        def work(shape: Shape, dtype: str, views: Mapping[str, View]) -> Work:
+            return kernel.backward(shape, dtype, views, wanted)
+
+        _run(work, (kernel.name, *wanted), call, arrays, scale)
     dq, dk, dv, *rest = (gradients.get(f"d{name}") for name in DIFFERENTIABLE)
     return dq, dk, dv, rest[0], rest[1], rest[2]
 
 
-def _views(arrays: Mapping[str, Any]) -> dict[str, View]:
-    return {
-        name: View(x.data.ptr, tuple(stride // x.itemsize for stride in x.strides))
-        for name, x in arrays.items()
-    }
+def _run(
+    work: Callable[[Shape, str, Mapping[str, View]], Work],
+    which: Hashable,
+    call: Call,
+    arrays: Mapping[str, Any],
+    scale: float,
+) -> None:
+    """Launch what ``work`` makes, known by ``which``, on CuPy's current stream."""
+    key = (
+        *(which, cupy.cuda.runtime.getDevice(), call.dtype, scale),
+        *((name, x.shape, x.strides, x.data.ptr % 16) for name, x in arrays.items()),
+    )
+
+    def views() -> dict[str, View]:
+        return {
+            name: View.of(x.data.ptr, x.shape, tuple(step // x.itemsize for step in x.strides))
+            for name, x in arrays.items()
+        }
+
+    found = prepared(
+        key,
+        lambda: work(call.shape, call.dtype, views()),
+        views,
+        lambda: call.shape,
+        scale,
+    )
+    scratch = [_empty(shape) for shape in found.scratch.values()]
+    pointers = [x.data.ptr for x in (*arrays.values(), *scratch)]
+    found.launch(pointers, cupy.cuda.get_current_stream().ptr)
+
+
+def _empty(shape: tuple[int, ...]) -> Any:
+    return cupy.empty(shape, cupy.float32)

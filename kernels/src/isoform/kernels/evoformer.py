@@ -9,28 +9,10 @@ decline.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from isoform.kernels import plain
-from isoform.reference.contract import Call, Capabilities, Unsupported, evoformer_call
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel to choose: its name and what it declares."""
-
-    name: str
-    capabilities: Capabilities
-
-
-KERNELS = (Kernel("cuda-plain", plain.CAPABILITIES),)
-"""The kernels, the one to be preferred first."""
-
-REMEDIES = {
-    "device cpu": "move the operands to a GPU; on a CPU there is isoform.reference",
-    "dtype float64": "isoform.reference.torch computes in float64 on any device",
-}
+from isoform.kernels.choice import KERNELS, reasons, select
+from isoform.reference.contract import Call, evoformer_call
 
 
 def evoformer_attention(
@@ -45,6 +27,7 @@ def evoformer_attention(
     scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    kernel: str | None = None,
 ) -> Any:
     """Evoformer attention: softmax attention with a mask bias, a shared pair bias and a gate.
 
@@ -60,6 +43,8 @@ def evoformer_attention(
         scale: Factor of the logits; ``D**-0.5`` by default.
         return_lse: Return the log-sum-exp of the logits too.
         deterministic: Use only kernels that give equal bits for equal calls, gradients included.
+        kernel: The name of the kernel to use; by default the first that does not decline, as
+            :func:`explain` lists them.
 
     Returns:
         ``out [B, S, Q, H, D]`` in q's dtype, and with ``return_lse`` also ``lse [B, S, H, Q]``,
@@ -67,7 +52,7 @@ def evoformer_attention(
 
     Raises:
         TypeError: An operand's dtype is wrong.
-        ValueError: An operand's shape, its device or the scale is wrong.
+        ValueError: An operand's shape, its device or the scale is wrong, or no kernel has the name.
         Unsupported: No kernel does this call; the reasons are all of them.
         isoform.kernels.compiler.CompilerUnavailable: Kernels cannot be compiled on this machine.
 
@@ -75,18 +60,22 @@ def evoformer_attention(
         arXiv 2205.14135; docs/spec/evoformer.md.
     """
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    call = evoformer_call(q, k, v, **operands, scale=scale, lse=return_lse, device=device_kind(q))
-    select(call, deterministic=deterministic)
-    factor = call.shape.D**-0.5 if scale is None else float(scale)
+    device, architecture = whereabouts(q)
+    call = evoformer_call(
+        q, k, v, **operands, scale=scale, lse=return_lse, device=device, architecture=architecture
+    )
+    factor = _factor(call, scale)
+    chosen = select(call, deterministic=deterministic, only=kernel)
     if _is_torch(q):
         from isoform.kernels import torch_op
 
-        out, lse = torch_op.attention(q, k, v, mask, mask_bias, pair_bias, gate, factor)
+        present = (q, k, v, mask, mask_bias, pair_bias, gate)
+        out, lse = torch_op.forward(chosen, present, factor, return_lse=return_lse)
     else:
         from isoform.kernels import cupy_arrays
 
-        present = _present(q, k, v, operands)
-        out, lse = cupy_arrays.forward(call, present, factor, return_lse=return_lse)
+        arrays = _present(q, k, v, operands)
+        out, lse = cupy_arrays.forward(chosen, call, arrays, factor, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -102,12 +91,14 @@ def evoformer_attention_backward(
     gate: Any = None,
     scale: float | None = None,
     deterministic: bool = False,
+    kernel: str | None = None,
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
     """The gradients of :func:`evoformer_attention` for CuPy arrays; PyTorch has autograd.
 
     Args:
         dout: Gradient of the loss by ``out``, ``[B, S, Q, H, D]``.
-        q, k, v, mask, mask_bias, pair_bias, gate, scale, deterministic: As in the forward.
+        q, k, v, mask, mask_bias, pair_bias, gate, scale, deterministic, kernel: As in the
+            forward.
 
     Returns:
         ``dq, dk, dv, dmask_bias, dpair_bias, dgate``, each in the shape and dtype of its operand,
@@ -121,13 +112,16 @@ def evoformer_attention_backward(
     if _is_torch(q):
         raise TypeError("q is a PyTorch tensor: its gradients come from autograd, call backward()")
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    call = evoformer_call(q, k, v, **operands, scale=scale, device=device_kind(q))
+    device, architecture = whereabouts(q)
+    call = evoformer_call(
+        q, k, v, **operands, scale=scale, device=device, architecture=architecture
+    )
     _check_cotangent(dout, q)
-    select(call, deterministic=deterministic)
+    factor = _factor(call, scale)
+    chosen = select(call, deterministic=deterministic, only=kernel)
     from isoform.kernels import cupy_arrays
 
-    factor = call.shape.D**-0.5 if scale is None else float(scale)
-    return cupy_arrays.backward(call, dout, _present(q, k, v, operands), factor)
+    return cupy_arrays.backward(chosen, call, dout, _present(q, k, v, operands), factor)
 
 
 def explain(
@@ -156,45 +150,29 @@ def explain(
         TypeError, ValueError: The call is wrong.
     """
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    call = evoformer_call(q, k, v, **operands, scale=scale, lse=return_lse, device=device_kind(q))
-    return {kernel.name: _reasons(kernel, call, deterministic) for kernel in KERNELS}
+    device, architecture = whereabouts(q)
+    call = evoformer_call(
+        q, k, v, **operands, scale=scale, lse=return_lse, device=device, architecture=architecture
+    )
+    return {one.name: reasons(one, call, deterministic=deterministic) for one in KERNELS}
 
 
-def select(call: Call, *, deterministic: bool = False) -> Kernel:
-    """The kernel for ``call``.
-
-    Raises:
-        Unsupported: There is none.
-    """
-    reasons: list[str] = []
-    for kernel in KERNELS:
-        declined = _reasons(kernel, call, deterministic)
-        if not declined:
-            return kernel
-        reasons += [f"{kernel.name}: {reason}" for reason in declined]
-    raise Unsupported(reasons, "isoform.kernels")
-
-
-def device_kind(x: Any) -> str:
-    """``"cuda"`` for what lies on a GPU, ``"cpu"`` for the rest."""
+def whereabouts(x: Any) -> tuple[str, str]:
+    """Where ``x`` lies: the kind of device, and the architecture if that is a GPU."""
     if _is_torch(x):
-        return str(x.device.type)
-    return "cuda" if _is_of("cupy", x) else "cpu"
+        kind = str(x.device.type)
+        if kind != "cuda":
+            return kind, ""
+        from isoform.kernels import torch_op
+
+        return kind, torch_op.architecture(x.device.index)
+    if not _is_of("cupy", x):
+        return "cpu", ""
+    return "cuda", f"sm_{x.device.compute_capability}"
 
 
-def _reasons(kernel: Kernel, call: Call, deterministic: bool) -> tuple[str, ...]:
-    """Why ``kernel`` declines ``call``, with what can be done about it."""
-    reasons = [_with_remedy(reason) for reason in kernel.capabilities.unsupported_reasons(call)]
-    if deterministic and not kernel.capabilities.deterministic:
-        reasons.append("deterministic=True")
-    return tuple(reasons)
-
-
-def _with_remedy(reason: str) -> str:
-    for what, remedy in REMEDIES.items():
-        if reason.startswith(what):
-            return f"{reason}: {remedy}"
-    return reason
+def _factor(call: Call, scale: float | None) -> float:
+    return call.shape.D**-0.5 if scale is None else float(scale)
 
 
 def _present(q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> dict[str, Any]:

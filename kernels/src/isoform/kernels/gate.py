@@ -16,13 +16,14 @@ the difference reviewed with the change::
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
-from isoform.kernels import plain
+from isoform.kernels import plain, tensor
 from isoform.kernels.compiler import (
     Compiled,
     Define,
@@ -35,27 +36,6 @@ from isoform.kernels.compiler import (
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 """Ampere, Hopper, Blackwell in data centres, Blackwell in workstations."""
 
-
-@dataclass(frozen=True)
-class Grid:
-    """Which variants of a source are compiled: every combination of these.
-
-    Attributes:
-        defines: The definitions that choose a variant, and the values tried of each.
-        architectures: What to compile for.
-    """
-
-    defines: Mapping[str, Sequence[Define]]
-    architectures: Sequence[str] = ARCHITECTURES
-
-
-GRIDS: Mapping[str, Grid] = {
-    plain.SOURCE: Grid(
-        {"ELEMENT": tuple(plain.ELEMENTS.values()), "HEAD_DIM": plain.HEAD_DIMS},
-        architectures=("sm_75", *ARCHITECTURES),  # Turing too: it needs no newer instruction
-    ),
-}
-"""What the gate compiles of every source in ``isoform/kernels/cuda``."""
 
 REGISTERS_AT_A_TIME = 8
 """A thread is given registers in eights: 97 cost what 104 do, and 105 may cost a block."""
@@ -81,23 +61,96 @@ class Variant:
         return compile_source(self.name, architecture=self.architecture, defines=self.defines)
 
 
-def variants(grids: Mapping[str, Grid] = GRIDS) -> list[Variant]:
+# --- What is compiled -----------------------------------------------------------------------------
+#
+# A minute or two of one core's work. Not every combination, but every source, element type and head
+# dim on an architecture, every head dim on each of them, and every part of the source that a
+# definition turns on or off. No kernel uses what only sm_90a or sm_100a has, and the loader asks
+# for neither.
+
+PRODUCTION = {"MASK_BIAS": 1, "PAIR_BIAS": 1, "GATED": 1, "ALIGNED": 1, "ALIGNED_BIAS": 1}
+"""All operands, their rows copied 16 bytes at a time: of the tensor-core kernels, what takes most
+registers among what a model calls.
+"""
+
+TENSOR_CHOICES = (
+    {"MASK_BIAS": 0},
+    {"PAIR_BIAS": 0},
+    {"GATED": 0},
+    {"ALIGNED": 0, "ALIGNED_BIAS": 0},
+)
+"""How else operands may be: each absent by itself, and lying oddly."""
+
+
+def variants() -> list[Variant]:
     """Every variant that the gate compiles."""
+    return [*_plain(), *(one for name in tensor.PASSES for one in _tensor(name))]
+
+
+def _plain() -> Iterator[Variant]:
+    """Turing too: it needs no newer instruction."""
+    for dtype, architecture in [
+        *(("float32", architecture) for architecture in ("sm_75", *ARCHITECTURES)),
+        ("float16", "sm_90"),
+        ("bfloat16", "sm_90"),
+    ]:
+        for head_dim in plain.HEAD_DIMS:
+            yield Variant(plain.SOURCE, plain.defines(dtype, head_dim), architecture)
+
+
+def _tensor(name: str) -> Iterator[Variant]:
+    def one(dtype: str, D: int, chosen: Mapping[str, int], architecture: str) -> Variant:
+        return Variant(
+            f"evoformer_tensor_{name}",
+            tensor.variant(name, dtype, D, {**PRODUCTION, **chosen}),
+            architecture,
+        )
+
+    for D in tensor.HEAD_DIMS:
+        for architecture in ARCHITECTURES:
+            yield one("bfloat16", D, {}, architecture)
+        yield one("float16", D, {}, "sm_90")
+    for chosen in TENSOR_CHOICES:
+        if name == "backward_pair_bias" and "PAIR_BIAS" in chosen:
+            continue  # where there is no pair bias there is no gradient of it
+        yield one("bfloat16", 32, chosen, "sm_90")
+
+
+def spills(figures: Figures) -> list[str]:
+    """The tensor-core kernels that spill, a sentence each. They never may.
+
+    Their inner loops are as fast as registers are, and a tile that does not fit is one to be cut
+    smaller in :data:`isoform.kernels.tensor.GEOMETRIES`. The plain kernel's figures are recorded,
+    as all are, but it may spill.
+    """
     return [
-        Variant(name, dict(zip(grid.defines, values, strict=True)), architecture)
-        for name, grid in grids.items()
-        for values in itertools.product(*grid.defines.values())
-        for architecture in grid.architectures
+        f"{variant}: {kernel} spills {taken.spill_stores} bytes and reads {taken.spill_loads} back"
+        for variant, kernels in figures.items()
+        if variant.startswith("evoformer_tensor_")
+        for kernel, taken in kernels.items()
+        if taken.spill_stores or taken.spill_loads
     ]
 
 
-def measure(chosen: Iterable[Variant]) -> Figures:
+def resources_of(variant: Variant) -> dict[str, Resources]:
+    """Compile one variant and read what its kernels take."""
+    return resources(variant.compile().log)
+
+
+def measure(
+    chosen: Iterable[Variant], each: Callable[..., Iterable[dict[str, Resources]]] = map
+) -> Figures:
     """Compile each variant and read what its kernels take.
+
+    Args:
+        chosen: The variants.
+        each: ``map``, or that of a pool of processes: within one, NVRTC compiles one at a time.
 
     Raises:
         ValueError: There is a variant without a kernel: to the compiler that is no error.
     """
-    figures = {str(variant): resources(variant.compile().log) for variant in chosen}
+    asked = tuple(chosen)
+    figures = dict(zip(map(str, asked), each(resources_of, asked), strict=True))
     if empty := [variant for variant, found in figures.items() if not found]:
         raise ValueError(f"no kernels in {', '.join(empty)}")
     return figures
@@ -160,7 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m isoform.kernels.gate", description=main.__doc__
     )
     parser.add_argument("record", type=Path, help="the file to write, kernels/compile_gate.jsonl")
-    write(parser.parse_args(arguments).record, compiler_version(), measure(variants()))
+    record = parser.parse_args(arguments).record
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        figures = measure(variants(), pool.map)
+    write(record, compiler_version(), figures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The plain kernel's host side: what it declares, which kernels a call launches, and the launch.
+"""The plain kernel's host side: what it declares, and what a call launches.
 
 The device side, with the algorithm, is ``cuda/evoformer_plain.cu``. What is decided here needs no
 GPU, so that whoever runs the same source elsewhere, as the emulator does, decides alike.
@@ -6,12 +6,11 @@ GPU, so that whoever runs the same source elsewhere, as the emulator does, decid
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from math import prod
 
-from isoform.kernels.arguments import View, pack
-from isoform.kernels.compiler import load
+from isoform.kernels.arguments import View
+from isoform.kernels.launch import Launch, Work
 from isoform.reference.contract import Capabilities, Shape
 
 SOURCE = "evoformer_plain"
@@ -31,14 +30,6 @@ CAPABILITIES = Capabilities(
 )
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel of the source, and over how many blocks; a block has ``tile × tile`` threads."""
-
-    kernel: str
-    blocks: int
-
-
 def defines(dtype: str, head_dim: int) -> dict[str, int | str]:
     """The variant of the source for one call."""
     room = next(room for room in HEAD_DIMS if room >= head_dim)
@@ -50,29 +41,32 @@ def tile(head_dim: int) -> int:
     return 8 if head_dim > 128 else 16
 
 
-def forward_launches(shape: Shape) -> list[Launch]:
+def forward(shape: Shape, dtype: str, operands: Mapping[str, View]) -> Work:
     """What computes ``out`` and, where it is among the arguments, ``lse``."""
-    return _numbered({"forward": ("Q", "H", "S", "B")}, shape)
+    return Work(_launches({"forward": "Q H S B"}, shape, dtype))
 
 
-def backward_launches(shape: Shape, wanted: Collection[str]) -> list[Launch]:
-    """What computes the gradients of the operands ``wanted``, in the order to launch it in.
+def backward(
+    shape: Shape, dtype: str, operands: Mapping[str, View], wanted: Collection[str]
+) -> Work:
+    """What computes the gradients of the operands ``wanted``.
 
     The first kernel does q and the gate, and leaves what all others need.
     """
     if not wanted:
-        return []
-    blocks: dict[str, tuple[str, ...]] = {"backward_query": ("Q", "H", "S", "B")}
+        return Work(())
+    blocks = {"backward_query": "Q H S B"}
     if not {"k", "v"}.isdisjoint(wanted):
-        blocks["backward_key"] = ("K", "G", "S", "B")
+        blocks["backward_key"] = "K G S B"
     if "mask_bias" in wanted:
-        blocks["backward_mask_bias"] = ("K", "S", "B")
+        blocks["backward_mask_bias"] = "K S B"
     if "pair_bias" in wanted:
-        blocks["backward_pair_bias"] = ("K", "Q", "H", "B")
-    return _numbered(blocks, shape)
+        blocks["backward_pair_bias"] = "K Q H B"
+    per_query = {name: shape.of("lse") for name in ("top", "total", "delta")}
+    return Work(_launches(blocks, shape, dtype), per_query)
 
 
-def _numbered(blocks: Mapping[str, Iterable[str]], shape: Shape) -> list[Launch]:
+def _launches(blocks: Mapping[str, str], shape: Shape, dtype: str) -> tuple[Launch, ...]:
     """A block for each tile along Q and K and each index along other axes; none is no launch.
 
     There may be 2³¹ − 1: the queries of so many tiles fit into no GPU's memory.
@@ -83,16 +77,10 @@ def _numbered(blocks: Mapping[str, Iterable[str]], shape: Shape) -> list[Launch]
         length: int = getattr(shape, axis)
         return -(-length // size) if axis in "QK" else length
 
-    counted = {kernel: prod(along(axis) for axis in axes) for kernel, axes in blocks.items()}
-    return [Launch(f"{SOURCE}_{kernel}", count) for kernel, count in counted.items() if count]
-
-
-def launch(
-    launches: Iterable[Launch], shape: Shape, dtype: str, views: Mapping[str, View], scale: float
-) -> None:
-    """Launch on CuPy's current device and stream; returns before the GPU has done it."""
-    arguments = pack(shape, views, scale)
-    size = tile(shape.D)
-    for one in launches:
-        module = load(SOURCE, defines=defines(dtype, shape.D))
-        module.get_function(one.kernel)((one.blocks,), (size, size), (arguments,))
+    counted = {kernel: prod(map(along, axes.split())) for kernel, axes in blocks.items()}
+    variant = defines(dtype, shape.D)
+    return tuple(
+        Launch(SOURCE, variant, f"{SOURCE}_{kernel}", count, (size, size))
+        for kernel, count in counted.items()
+        if count
+    )

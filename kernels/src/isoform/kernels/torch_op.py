@@ -3,24 +3,46 @@
 What PyTorch sees is two opaque operations, forward and backward, which it allocates for, schedules
 and differentiates like its own. Both run on PyTorch's current stream of the operands' device.
 
-Nothing is kept for the backward but the operands: it computes the softmax again, as it must do to
-take δ from an output that is neither gated nor rounded.
+What is kept for the backward is up to the kernel: nothing but the operands, or the output and two
+numbers for each query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isoform.kernels import plain
-from isoform.kernels.arguments import SCRATCH, View
+from isoform.kernels.arguments import View
+from isoform.kernels.choice import BY_NAME, Kernel
 from isoform.kernels.compiler import toolkit
+from isoform.kernels.launch import Work, prepared
 from isoform.reference.contract import DIFFERENTIABLE, Shape, dtype_name
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""q, k, v, mask, mask_bias, pair_bias, gate."""
+
+
+def forward(
+    kernel: Kernel, operands: Operands, scale: float, *, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """``out`` and, if it is wanted, ``lse`` of operands that have been checked."""
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in operands
+    )
+    save = differentiable and bool(kernel.saved)
+    out, lse, _ = attention(*operands, scale, kernel.name, return_lse, save)
+    return out, lse
+
+
+@cache
+def architecture(device: int) -> str:
+    """The architecture of a GPU, such as ``"sm_90"``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @torch.library.custom_op("isoform::evoformer_attention", mutates_args=(), device_types="cuda")
@@ -33,24 +55,20 @@ def attention(
     pair_bias: Tensor | None,
     gate: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """``out`` and ``lse`` of operands that have been checked."""
-    shape = _shape(q, k)
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _per_query(q)
-    views = _views(
-        q=q,
-        k=k,
-        v=v,
-        mask=mask,
-        mask_bias=mask_bias,
-        pair_bias=pair_bias,
-        gate=gate,
-        out=out,
-        lse=lse,
-    )
-    with _stream_of(q):
-        plain.launch(plain.forward_launches(shape), shape, dtype_name(q), views, scale)
-    return out, lse
+    kernel: str,
+    return_lse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out``, ``lse`` and what the backward wants kept; an empty tensor for what is not wanted."""
+    out, lse, saved = _empty_results(q, BY_NAME[kernel], return_lse, save)
+    tensors = {
+        **_present(q, k, v, mask, mask_bias, pair_bias, gate),
+        "out": out,
+        **({"lse": lse} if return_lse else {}),
+        **(_parts(BY_NAME[kernel], saved) if save else {}),
+    }
+    _run(BY_NAME[kernel].forward, kernel, tensors, scale)
+    return out, lse, saved
 
 
 @torch.library.custom_op(
@@ -65,22 +83,25 @@ def attention_backward(
     mask_bias: Tensor | None,
     pair_bias: Tensor | None,
     gate: Tensor | None,
+    out: Tensor | None,
+    saved: Tensor | None,
     scale: float,
+    kernel: str,
     wanted: list[bool],
 ) -> list[Tensor]:
     """The gradients ``wanted``, in the contract's order; an empty tensor for each that is not."""
-    shape = _shape(q, k)
-    operands = {
-        "q": q, "k": k, "v": v, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate
-    }  # fmt: skip
+    operands = _present(q, k, v, mask, mask_bias, pair_bias, gate)
     gradients = _empty_gradients(operands, wanted)
     asked = [name for name, is_wanted in zip(DIFFERENTIABLE, wanted, strict=True) if is_wanted]
     results = {f"d{name}": x for name, x in zip(DIFFERENTIABLE, gradients, strict=True)}
-    written = {name: x for name, x in results.items() if name[1:] in asked}
-    scratch = {name: _per_query(q) for name in SCRATCH}
-    views = _views(dout=dout, mask=mask, **operands, **written, **scratch)
-    with _stream_of(q):
-        plain.launch(plain.backward_launches(shape, asked), shape, dtype_name(q), views, scale)
+    tensors = {**operands, "dout": dout, **{f"d{name}": results[f"d{name}"] for name in asked}}
+    if out is not None and saved is not None:
+        tensors |= {"out": out, **_parts(BY_NAME[kernel], saved)}
+
+    def backward(shape: Shape, dtype: str, views: Mapping[str, View]) -> Work:
+        return BY_NAME[kernel].backward(shape, dtype, views, asked)
+
+    _run(backward, (kernel, *asked), tensors, scale)
     return gradients
 
 
@@ -94,8 +115,11 @@ def _(
     pair_bias: Tensor | None,
     gate: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q, memory_format=torch.contiguous_format), _per_query(q)
+    kernel: str,
+    return_lse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_results(q, BY_NAME[kernel], return_lse, save)
 
 
 @attention_backward.register_fake
@@ -108,74 +132,104 @@ def _(
     mask_bias: Tensor | None,
     pair_bias: Tensor | None,
     gate: Tensor | None,
+    out: Tensor | None,
+    saved: Tensor | None,
     scale: float,
+    kernel: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    operands = {
-        "q": q, "k": k, "v": v, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate
-    }  # fmt: skip
-    return _empty_gradients(operands, wanted)
+    return _empty_gradients(_present(q, k, v, mask, mask_bias, pair_bias, gate), wanted)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *operands, ctx.scale = inputs
-    ctx.save_for_backward(*operands)
-    ctx.mark_non_differentiable(output[1])  # its gradient is not computed, and not said to be 0
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    *operands, ctx.scale, ctx.kernel, _, save = inputs
+    out, lse, saved = output
+    ctx.save_for_backward(*operands, *((out, saved) if save else (None, None)))
+    ctx.mark_non_differentiable(lse, saved)  # no gradient is computed, and none said to be 0
 
 
-def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    # the arguments of the forward are the operands, mask among them, and the scale
+def _differentiate(
+    ctx: Any, dout: Tensor, dlse: Tensor | None, dsaved: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    # the arguments of the forward are the operands, mask among them, and four that are no tensors
     wanted = [needed for place, needed in enumerate(ctx.needs_input_grad[:7]) if place != 3]
-    gradients = attention_backward(dout, *ctx.saved_tensors, ctx.scale, wanted)
+    gradients = attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.kernel, wanted)
     dq, dk, dv, dmask_bias, dpair_bias, dgate = (
         x if needed else None for x, needed in zip(gradients, wanted, strict=True)
     )
-    return dq, dk, dv, None, dmask_bias, dpair_bias, dgate, None
+    return dq, dk, dv, None, dmask_bias, dpair_bias, dgate, None, None, None, None
 
 
 attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _shape(q: Tensor, k: Tensor) -> Shape:
-    B, S, Q, H, D = q.shape
-    return Shape(B, S, Q, k.shape[2], H, k.shape[3], D)
+def _present(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    mask_bias: Tensor | None,
+    pair_bias: Tensor | None,
+    gate: Tensor | None,
+) -> dict[str, Tensor]:
+    optional = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
+    return {"q": q, "k": k, "v": v} | {n: x for n, x in optional.items() if x is not None}
 
 
-def _per_query(q: Tensor) -> Tensor:
-    """A number for each query and head ``[B, S, H, Q]``."""
+def _empty_results(
+    q: Tensor, kernel: Kernel, return_lse: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     B, S, Q, H, _ = q.shape
-    return q.new_empty((B, S, H, Q), dtype=torch.float32)
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty((B, S, H, Q) if return_lse else 0, dtype=torch.float32),
+        q.new_empty(
+            (sum(kernel.saved.values()) // 2, B, S, H, Q) if save else 0, dtype=torch.int16
+        ),
+    )
 
 
-def _empty_gradients(operands: Mapping[str, Tensor | None], wanted: list[bool]) -> list[Tensor]:
+def _parts(kernel: Kernel, saved: Tensor) -> dict[str, Tensor]:
+    """What the kernel saves, in the one tensor that PyTorch keeps for it."""
+    parts = torch.split(saved, [size // 2 for size in kernel.saved.values()])
+    return dict(zip(kernel.saved, parts, strict=True))
+
+
+def _empty_gradients(operands: Mapping[str, Tensor], wanted: list[bool]) -> list[Tensor]:
     q = operands["q"]
-    assert q is not None
     return [
-        q.new_empty(x.shape if needed and x is not None else 0)
-        for x, needed in zip((operands[name] for name in DIFFERENTIABLE), wanted, strict=True)
+        q.new_empty(operands[name].shape if needed and name in operands else 0)
+        for name, needed in zip(DIFFERENTIABLE, wanted, strict=True)
     ]
 
 
-def _views(**tensors: Tensor | None) -> dict[str, View]:
-    return {name: View(x.data_ptr(), x.stride()) for name, x in tensors.items() if x is not None}
+def _run(
+    work: Callable[[Shape, str, Mapping[str, View]], Work],
+    which: Hashable,
+    tensors: Mapping[str, Tensor],
+    scale: float,
+) -> None:
+    """Launch what ``work`` makes, known by ``which``, on PyTorch's stream of the device."""
+    q = tensors["q"]
+    device = q.device.index
+    key = (
+        *(which, device, q.dtype, scale),
+        *((name, x.shape, x.stride(), x.data_ptr() % 16) for name, x in tensors.items()),
+    )
 
+    def views() -> dict[str, View]:
+        return {name: View.of(x.data_ptr(), x.shape, x.stride()) for name, x in tensors.items()}
 
-@contextmanager
-def _stream_of(q: Tensor) -> Iterator[None]:
-    """CuPy's current device and stream set to PyTorch's."""
-    toolkit()  # says what to install where CuPy is missing
-    import cupy
+    def shape() -> Shape:
+        B, S, Q, H, D = q.shape
+        K, G = tensors["k"].shape[2:4]
+        return Shape(B, S, Q, K, H, G, D)
 
-    stream = _Stream(torch.cuda.current_stream(q.device).cuda_stream)
-    with cupy.cuda.Device(q.device.index), cupy.cuda.Stream.from_external(stream):
-        yield
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """A stream under the CUDA stream protocol, which not every PyTorch speaks that we support."""
-
-    pointer: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer  # the version of the protocol, and the stream
+    with torch.cuda.device(device):
+        toolkit()  # says what to install where CuPy is missing
+        found = prepared(key, lambda: work(shape(), dtype_name(q), views()), views, shape, scale)
+        scratch = [q.new_empty(size, dtype=torch.float32) for size in found.scratch.values()]
+        pointers = [x.data_ptr() for x in (*tensors.values(), *scratch)]
+        found.launch(pointers, torch.cuda.current_stream(device).cuda_stream)

@@ -7,7 +7,7 @@ order in which threads can take turns, and must be the same bit by bit in all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,18 @@ import numpy as np
 
 from isoform.conformance.dtypes import Array
 from isoform.conformance.implementation import Implementation
-from isoform.kernels import plain
-from isoform.kernels.arguments import SCRATCH, View, pack
+from isoform.conformance.implementations import cuda
+from isoform.kernels.arguments import View, pack
+from isoform.kernels.choice import Kernel, select
 from isoform.kernels.emulate import ORDERS, KernelFault, Order, build
+from isoform.kernels.launch import Work
 from isoform.reference.contract import DIFFERENTIABLE, Call, Shape, evoformer_call
 from isoform.reference.numpy.evoformer import Gradients, check_cotangent, resolve_scale
 
 NAME = "cuda-emulated"
-CAPABILITIES = replace(plain.CAPABILITIES, devices=frozenset({"cpu"}))
+CODE_OF_NAN = 0xFFFF  # in total_code, see cuda/evoformer_tensor.cuh
+Pass = Callable[[Shape, str, Mapping[str, View]], Work]
+CAPABILITIES = replace(cuda.CAPABILITIES, devices=frozenset({"cpu"}))
 
 
 def evoformer_attention(
@@ -51,19 +55,11 @@ def evoformer_attention(
     call = evoformer_call(q, k, v, **optional, scale=scale, lse=return_lse)
     CAPABILITIES.require(call, NAME)
 
-    def allocate() -> dict[str, Array]:
-        results = {"out": _unwritten(q.shape, q.dtype)}
-        if return_lse:
-            results["lse"] = _unwritten(call.shape.of("lse"), np.float32)
-        return results
-
-    results = _in_every_order(
-        plain.forward_launches(call.shape),
-        call,
-        _present(q, k, v, optional),
-        float(resolve_scale(scale, q)),
-        allocate,
-    )
+    factor = float(resolve_scale(scale, q))
+    kernel = _kernel(call)
+    operands = _present(q, k, v, optional)
+    shapes = {"out": call.shape.of("out")} | ({"lse": call.shape.of("lse")} if return_lse else {})
+    results = _in_every_order([kernel.forward], call, operands, factor, shapes)
     return (results["out"], results["lse"]) if return_lse else results["out"]
 
 
@@ -93,18 +89,18 @@ def evoformer_attention_backward(
     operands = _present(q, k, v, optional)
     wanted = [name for name in DIFFERENTIABLE if name in operands]
 
-    def allocate() -> dict[str, Array]:
-        gradients = {f"d{name}": _unwritten(operands[name].shape, q.dtype) for name in wanted}
-        scratch = {name: _unwritten(call.shape.of("lse"), np.float32) for name in SCRATCH}
-        return gradients | scratch
+    factor = float(resolve_scale(scale, q))
+    kernel = _kernel(call)
 
-    results = _in_every_order(
-        plain.backward_launches(call.shape, wanted),
-        call,
-        {**operands, "dout": dout},
-        float(resolve_scale(scale, q)),
-        allocate,
-    )
+    def backward(shape: Shape, dtype: str, views: Mapping[str, View]) -> Work:
+        return kernel.backward(shape, dtype, views, wanted)
+
+    passes: list[Pass] = [backward]
+    shapes = {f"d{name}": operands[name].shape for name in wanted}
+    if kernel.saved:
+        passes.insert(0, kernel.forward)
+        shapes |= {"out": dout.shape, **{name: call.shape.of("lse") for name in kernel.saved}}
+    results = _in_every_order(passes, call, {**operands, "dout": dout}, factor, shapes)
     return Gradients(
         dq=results["dq"],
         dk=results["dk"],
@@ -124,25 +120,41 @@ CUDA_EMULATED = Implementation(
 )
 
 
+def _kernel(call: Call) -> Kernel:
+    """The kernel that would run on a GPU which has all instructions that are emulated."""
+    return select(replace(call, device="cuda", architecture="sm_80"))
+
+
 def _in_every_order(
-    launches: list[plain.Launch],
+    passes: Iterable[Pass],
     call: Call,
     operands: Mapping[str, Array],
     scale: float,
-    allocate: Callable[[], dict[str, Array]],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Array]:
-    """What the launches write, in memory made anew for each order."""
-    program = build(plain.SOURCE, defines=plain.defines(call.dtype, call.shape.D))
-    threads = (plain.tile(call.shape.D),) * 2
+    """What the launches write, results of these ``shapes``, in memory made anew for each order."""
+    passes, kept = tuple(passes), {"lse": np.float32, "top": np.float32, "total_code": np.uint16}
 
     def run(order: Order) -> dict[str, Array]:
-        results = allocate()
-        arguments = _packed(call.shape, {**operands, **results}, scale)
-        for launch in launches:
-            grid = (launch.blocks,)
-            program.launch(
-                launch.kernel, grid=grid, block=threads, arguments=arguments, order=order
-            )
+        results = {
+            name: _unwritten(shape, kept.get(name, operands["q"].dtype))
+            for name, shape in shapes.items()
+        }
+        for one in passes:
+            views = _views({**operands, **results})
+            work = one(call.shape, call.dtype, views)
+            scratch = {name: _unwritten(shape, np.float32) for name, shape in work.scratch.items()}
+            views |= _views(scratch)
+            arguments = pack(call.shape, views, scale, work.counts).tobytes()
+            for launch in work.launches:
+                build(launch.source, defines=launch.defines).launch(
+                    launch.kernel,
+                    grid=(launch.blocks,),
+                    block=launch.threads,
+                    arguments=arguments,
+                    shared_bytes=launch.shared_bytes,
+                    order=order,
+                )
         return results
 
     first, *others = (run(order) for order in ORDERS)
@@ -156,18 +168,16 @@ def _in_every_order(
     return first
 
 
-def _packed(shape: Shape, arrays: Mapping[str, Array], scale: float) -> bytes:
-    """The bytes of the kernels' argument structure."""
-    views = {
-        name: View(x.ctypes.data, tuple(stride // x.itemsize for stride in x.strides))
+def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
+    return {
+        name: View.of(x.ctypes.data, x.shape, tuple(step // x.itemsize for step in x.strides))
         for name, x in arrays.items()
     }
-    return pack(shape, views, scale).tobytes()
 
 
 def _unwritten(shape: tuple[int, ...], dtype: Any) -> Array:
     """Memory for a result; what is not written to it is seen as NaN."""
-    return np.full(shape, np.nan, dtype)
+    return np.full(shape, CODE_OF_NAN if dtype is np.uint16 else np.nan, dtype)
 
 
 def _optional(mask: Any, mask_bias: Any, pair_bias: Any, gate: Any) -> dict[str, Any]:

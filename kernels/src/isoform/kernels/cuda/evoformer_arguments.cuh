@@ -11,6 +11,7 @@
 #include <cuda/std/cstdint>
 
 using int64 = cuda::std::int64_t;
+using uint16 = cuda::std::uint16_t;
 
 // An array of the caller's, as it lies: no layout is demanded of it.
 struct Operand {
@@ -39,14 +40,22 @@ struct EvoformerArguments {
     Operand dpair_bias;
     Operand dgate;
 
-    // What the backward's first kernel leaves for the others, contiguous [B, S, H, Q].
-    float *top;    // the largest logit of a query, −inf where it has no key left
+    // What one kernel leaves for the next ones, contiguous [B, S, H, Q].
+    float *top;    // a query's largest logit, or one not far below; −inf where it has no key left
     float *total;  // Σ_j exp(s_ij − top_i)
+    uint16 *total_code;  // the same in 16 bits, see evoformer_tensor.cuh
     float *delta;  // Σ_d dō_id o_id
+
+    // What the tensor-core kernels add up in parts: dmask_bias by key/value head, [B, S, G, K], and
+    // dpair_bias by a range of rows s, for each tile, with a count of the parts that have arrived.
+    float *mask_bias_parts;
+    float *pair_bias_parts;
+    int *arrived;
+    int64 parts, pair_bias_tiles;
 
     float scale;
 };
 
 static_assert(sizeof(Operand) == 48, "arguments.py has another idea of Operand");
-static_assert(sizeof(EvoformerArguments) == 7 * 8 + 16 * 48 + 3 * 8 + 8,
+static_assert(sizeof(EvoformerArguments) == 7 * 8 + 16 * 48 + 9 * 8 + 8,
               "arguments.py has another idea of EvoformerArguments");

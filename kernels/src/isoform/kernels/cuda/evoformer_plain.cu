@@ -19,8 +19,7 @@
 // Defines: ELEMENT (see primitives.cuh), and HEAD_DIM ≥ D, a power of two from 16 to 256: how many
 // channels there is room for.
 
-#include "evoformer_arguments.cuh"
-#include "primitives.cuh"
+#include "evoformer_heads.cuh"
 
 constexpr int TILE = HEAD_DIM > 128 ? 8 : 16;  // four tiles of float fit into 48 KiB
 constexpr int CHANNELS = HEAD_DIM / TILE;      // of each thread
@@ -28,17 +27,7 @@ constexpr int CHANNELS = HEAD_DIM / TILE;      // of each thread
 using Row = float[HEAD_DIM + 1];  // one more, so that the rows of a column lie in different banks
 using Square = float[TILE][TILE + 1];
 
-// The head of one row of one example: what a block works on.
-struct Head {
-    int64 b, s, h;
-};
-
 // --- Reading operands ----------------------------------------------------------------------------
-
-__device__ Element *channels_of(const Operand &x, const Head &at, int64 position) {
-    return static_cast<Element *>(x.data) + at.b * x.stride[0] + at.s * x.stride[1] +
-           position * x.stride[2] + at.h * x.stride[3];
-}
 
 // Reads row y of a tile, one position of x[b, s, :, h, :]; zeros where it is not wanted. What is not
 // wanted is not even read: a dropped key may hold NaN (rule EVO-4).
@@ -61,19 +50,6 @@ __device__ void load_cotangent(Row *tile, const EvoformerArguments &a, const Hea
         tile[threadIdx.y][d] *= sigmoid(to_float(gate[d * a.gate.stride[4]]));
 }
 
-// The key/value head that serves query head h.
-__device__ Head group_of(const EvoformerArguments &a, const Head &at) {
-    return {at.b, at.s, at.h / (a.H / a.G)};
-}
-
-// Whether key j is there, and left by the mask (rule EVO-4).
-__device__ bool kept(const EvoformerArguments &a, const Head &at, int64 j) {
-    if (j >= a.K) return false;
-    if (a.mask.data == nullptr) return true;
-    const unsigned char *mask = static_cast<const unsigned char *>(a.mask.data);
-    return mask[at.b * a.mask.stride[0] + at.s * a.mask.stride[1] + j * a.mask.stride[2]] != 0;
-}
-
 // --- One logit, and its gradient -----------------------------------------------------------------
 
 __device__ float dot(const Row &x, const Row &y, int64 channels) {
@@ -88,11 +64,7 @@ __device__ float logit(const EvoformerArguments &a, const Head &at, int64 i, int
                        const Row &k) {
     if (i >= a.Q || !kept(a, at, j)) return -infinity();
     float s = a.scale * dot(q, k, a.D);
-    if (a.mask_bias.data != nullptr) {
-        const Operand &x = a.mask_bias;
-        const Element *bias = static_cast<const Element *>(x.data);
-        s += to_float(bias[at.b * x.stride[0] + at.s * x.stride[1] + j * x.stride[4]]);
-    }
+    s += mask_bias_of(a, at, j);
     if (a.pair_bias.data != nullptr) {
         const Operand &x = a.pair_bias;
         const Element *bias = static_cast<const Element *>(x.data);
@@ -107,10 +79,6 @@ struct Query {
     float top, total, delta;
     bool alive;  // there is such a query, and it has a key left (rule EVO-5)
 };
-
-__device__ int64 number_of(const EvoformerArguments &a, const Head &at, int64 i) {
-    return ((at.b * a.S + at.s) * a.H + at.h) * a.Q + i;
-}
 
 __device__ Query query(const EvoformerArguments &a, const Head &at, int64 i) {
     if (i >= a.Q) return {0.0f, 1.0f, 0.0f, false};
@@ -176,18 +144,6 @@ __device__ Attended attend(const EvoformerArguments &a, const Head &at, int64 i,
 }
 
 // --- The kernels ----------------------------------------------------------------------------------
-
-// Blocks are numbered along one axis, the only one that may have more than 65535 of them.
-struct Tiles {
-    int64 rest;
-
-    // The next coordinate of this block, of those there are `size` of.
-    __device__ int64 next(int64 size) {
-        const int64 coordinate = rest % size;
-        rest /= size;
-        return coordinate;
-    }
-};
 
 __device__ int64 tiles(int64 length) { return (length + TILE - 1) / TILE; }
 

@@ -1,4 +1,5 @@
-// The element types, and the few scalar functions whose exact form the contract depends on.
+// The element types, the few scalar functions whose exact form the contract depends on, and every
+// instruction that C++ has no name for: all inline PTX of the project is in this file.
 //
 // ELEMENT chooses the type of the operands and results: 0 float, 1 __half, 2 __nv_bfloat16. All
 // arithmetic is in float, whatever it is: a number is widened when it is read, and rounded once when
@@ -36,3 +37,98 @@ __device__ inline float sigmoid(float x) {
     const float e = expf(-fabsf(x));
     return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
+
+// --- Two 16-bit elements in one register ----------------------------------------------------------
+
+#if ELEMENT == 1
+constexpr unsigned MINUS_INFINITIES = 0xfc00fc00u;
+__device__ inline float2 unpack(unsigned pair) {
+    return __half22float2(*reinterpret_cast<const __half2 *>(&pair));
+}
+__device__ inline unsigned pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const unsigned *>(&pair);
+}
+#elif ELEMENT == 2
+constexpr unsigned MINUS_INFINITIES = 0xff80ff80u;
+__device__ inline float2 unpack(unsigned pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+__device__ inline unsigned pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned *>(&pair);
+}
+#endif
+
+// --- Instructions: tensor cores and asynchronous copies, sm_80 and newer --------------------------
+//
+// Fragments lie in a warp's registers as the PTX manual draws them. With group = lane / 4 and
+// pair = 2 (lane % 4), a lane holds of a 16 × 8 accumulator the rows group and group + 8, columns
+// pair and pair + 1.
+
+#ifdef ISOFORM_EMULATED
+#include "emulated_primitives.h"
+__device__ inline float exp2_approximate(float x) { return exp2f(x); }
+__device__ inline void rarely() {}
+#else
+__device__ inline unsigned shared_address(const void *place) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(place));
+}
+
+// accumulator += A B for a 16 × 16 tile A and a 16 × 8 tile B.
+template <class T>
+__device__ inline void mma_m16n8k16(float (&accumulator)[4], const unsigned (&a)[4],
+                                    const unsigned (&b)[2]) {
+#define ISOFORM_MMA(TYPE)                                                                \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                           \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                     \
+        : "+f"(accumulator[0]), "+f"(accumulator[1]), "+f"(accumulator[2]),              \
+          "+f"(accumulator[3])                                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#if ELEMENT == 1
+    ISOFORM_MMA("f16");
+#elif ELEMENT == 2
+    ISOFORM_MMA("bf16");
+#endif
+#undef ISOFORM_MMA
+}
+
+// Four 8 × 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+__device__ inline void ldmatrix_x4(unsigned (&matrices)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(shared_address(row)));
+}
+
+__device__ inline void ldmatrix_x4_trans(unsigned (&matrices)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(shared_address(row)));
+}
+
+// Copies 16 bytes to shared memory, or zeros where they are not wanted, and then reads nothing.
+__device__ inline void cp_async_16(void *shared, const void *global, bool wanted) {
+    asm volatile("{ .reg .pred none; setp.eq.s32 none, %2, 0;"
+                 "  cp.async.cg.shared.global [%0], [%1], 16, none; }" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(static_cast<int>(wanted)));
+}
+
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until `pending` groups of this thread's copies at most are under way.
+template <int pending>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Says that what stands beside it is rare: the compiler is to branch around it, not to compute it
+// always and select.
+__device__ inline void rarely() { asm volatile(""); }
+
+// 2^x to two units in the last place; subnormal results are 0.
+__device__ inline float exp2_approximate(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+#endif

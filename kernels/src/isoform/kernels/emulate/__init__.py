@@ -25,6 +25,7 @@ from isoform.kernels.emulate.program import (
     Order,
     Program,
     build,
+    check,
     host_compiler,
     sanitized,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Order",
     "Program",
     "build",
+    "check",
     "host_compiler",
     "sanitized",
 ]

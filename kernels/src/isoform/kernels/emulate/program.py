@@ -15,19 +15,24 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from isoform.kernels.compiler import cache_folder
+from isoform.kernels.compiler import cache_folder, forget_old
 
 CUDA = Path(__file__).parents[1] / "cuda"
 """Where the kernels lie."""
 
 INCLUDE = Path(__file__).parent / "include"
 """The headers that stand for CUDA's."""
+
+CACHE_BYTES = 512 * 2**20
+"""How much is kept of compiled programs, each of some hundred kilobytes, a megabyte or two under
+the sanitizers; the least recently used go."""
 
 Order = Literal["forward", "reverse"] | int
 """The order in which threads, and blocks, take turns; a number seeds a shuffle, anew each turn."""
@@ -161,20 +166,39 @@ def build(
         HostCompilerUnavailable: No C++ compiler is found.
         CompilationFailed: It rejects the source.
     """
-    command = [
-        *(host_compiler(), *_OPTIONS, *(_SANITIZERS if sanitized() else ())),
-        *(f"-D{key}={value}" for key, value in sorted(defines.items())),
-        *(f"-I{INCLUDE}", f"-I{folder}"),
-    ]
+    command = _command(defines, folder)
     key = hashlib.sha256()
     for part in (_version(command[0]), *command, name):
         key.update(part.encode() + b"\0")
     for path in (Path(__file__), *_sources(INCLUDE), *_sources(folder)):
         key.update(path.read_bytes() + b"\0")
     library = _cache() / f"{name}-{key.hexdigest()[:32]}.so"
-    if not library.exists():
+    if library.exists():
+        with suppress(FileNotFoundError, PermissionError):
+            os.utime(library)  # used just now
+    else:
         _compile(command, folder / f"{name}.cu", library)
+        forget_old(library.parent, CACHE_BYTES)
     return Program(name, dict(defines), library)
+
+
+def check(
+    name: str,
+    *,
+    defines: Mapping[str, int | str] = MappingProxyType({}),
+    folder: Path = CUDA,
+) -> None:
+    """Have the compiler read ``NAME.cu`` and make nothing: its types and its assertions hold.
+
+    Args:
+        name, defines, folder: As for :func:`build`, which takes ten times as long.
+
+    Raises:
+        HostCompilerUnavailable, CompilationFailed: As for :func:`build`.
+    """
+    source = str(folder / f"{name}.cu")
+    command = _command(defines, folder)
+    _run([*command, "-fsyntax-only", "-include", "cuda_emulator.h", "-x", "c++", source])
 
 
 def host_compiler() -> str:
@@ -197,6 +221,15 @@ def host_compiler() -> str:
 def sanitized() -> bool:
     """Whether this process runs under AddressSanitizer."""
     return hasattr(ctypes.CDLL(None), "__asan_init")
+
+
+def _command(defines: Mapping[str, int | str], folder: Path) -> list[str]:
+    """The compiler with its options, and where its headers are."""
+    return [
+        *(host_compiler(), *_OPTIONS, *(_SANITIZERS if sanitized() else ())),
+        *(f"-D{key}={value}" for key, value in sorted(defines.items())),
+        *(f"-I{INCLUDE}", f"-I{folder}"),
+    ]
 
 
 _ONE_AT_A_TIME = threading.Lock()  # a library has one block's state, and ctypes lets threads run

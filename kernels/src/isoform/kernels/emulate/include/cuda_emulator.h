@@ -150,6 +150,10 @@ T __ldg(const T* address) {
     return *address;
 }
 template <class T>
+T __ldcg(const T* address) {
+    return *address;
+}
+template <class T>
 T atomicAdd(T* address, T value) {
     const T old = *address;
     *address = old + value;
@@ -188,6 +192,8 @@ template <class T>
 constexpr T max(T a, T b) {
     return a < b ? b : a;
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

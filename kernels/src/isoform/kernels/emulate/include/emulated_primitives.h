@@ -122,15 +122,15 @@ inline void ldmatrix_x4_trans(unsigned (&matrices)[4], const void* row, ISOFORM_
     std::memcpy(matrices, words.values, sizeof words);
 }
 
-// Copy 16 bytes to shared memory, zeros where `valid` is false. As late as the device may: the bytes
-// arrive when the thread waits for them, so that who forgets to wait reads what was there before.
-inline void cp_async_16(void* shared, const void* global, bool valid = true, ISOFORM_HERE) {
+// Copy 16 bytes to shared memory, zeros where they are not wanted. As late as the device may: the
+// bytes arrive when the thread waits for them, so that who forgets to wait reads what was there before.
+inline void cp_async_16(void* shared, const void* global, bool wanted = true, ISOFORM_HERE) {
     using namespace isoform::emulate;
     require_alignment(ISOFORM_SITE, shared);
-    if (valid) {
+    if (wanted) {
         require_alignment(ISOFORM_SITE, global);
     }
-    current->copies.push_back({static_cast<unsigned char*>(shared), valid ? global : nullptr,
+    current->copies.push_back({static_cast<unsigned char*>(shared), wanted ? global : nullptr,
                                current->copy_groups});
 }
 

@@ -1,0 +1,139 @@
+"""Launching kernels: a source, its definitions, and over how many blocks.
+
+What is to be launched is data, made by :mod:`~isoform.kernels.plain` and
+:mod:`~isoform.kernels.tensor` without a GPU, so that whoever runs the same source elsewhere, as the
+emulator does, runs the same. Making it costs more than many a kernel takes, so it is kept, ready
+but for the addresses, and found again by how the operands lie (:func:`prepared`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from isoform.kernels.arguments import ARGUMENTS, View, pack, place_of
+from isoform.kernels.compiler import Define, load
+from isoform.reference.contract import Shape
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, and over how many blocks.
+
+    Attributes:
+        source: The source: ``NAME.cu``.
+        defines: The preprocessor definitions that choose the variant.
+        kernel: The kernel's name in it.
+        blocks: Blocks, along the one axis that may have more than 65535 of them.
+        threads: Threads of a block, along x and y.
+        shared_bytes: The dynamic shared memory of a block.
+    """
+
+    source: str
+    defines: Mapping[str, Define] = field(hash=False)
+    kernel: str
+    blocks: int
+    threads: tuple[int, ...]
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that one pass of one call takes.
+
+    Attributes:
+        launches: The kernels, in the order to launch them in.
+        scratch: Memory that they need besides operands and results: shapes by name, of 4-byte
+            elements. None of it is read before it is written.
+        counts: Further fields of the argument structure.
+    """
+
+    launches: tuple[Launch, ...]
+    scratch: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    counts: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pass that lacks nothing but the addresses of its arrays.
+
+    Attributes:
+        scratch: As in :class:`Work`.
+    """
+
+    scratch: Mapping[str, tuple[int, ...]]
+    _functions: Sequence[tuple[Any, tuple[int], tuple[int, ...], int]]
+    _template: np.ndarray[Any, Any]
+    _places: np.ndarray[Any, Any]
+
+    def launch(self, pointers: Sequence[int], stream: int) -> None:
+        """Launch on the current device; returns before the GPU has done it.
+
+        Args:
+            pointers: Where the arrays are, in the order of the views that were prepared, and then
+                the scratch memory.
+            stream: The stream's address.
+        """
+        words = self._template.copy()
+        words[self._places] = pointers
+        arguments = (words.view(_OPAQUE)[0],)
+        external = _stream(stream)
+        for function, blocks, threads, shared_bytes in self._functions:
+            function(blocks, threads, arguments, shared_bytes, external)
+
+
+_OPAQUE = np.dtype((np.void, ARGUMENTS.itemsize))  # CuPy describes a struct field by field, slowly
+_PREPARED: dict[Hashable, Prepared] = {}
+_MOST = 1024
+
+
+def prepared(
+    key: Hashable,
+    work: Callable[[], Work],
+    views: Callable[[], Mapping[str, View]],
+    shape: Callable[[], Shape],
+    scale: float,
+) -> Prepared:
+    """The pass known by ``key``, made if it is new.
+
+    Args:
+        key: All that the pass depends on but the addresses, the device included.
+        work: Makes the work.
+        views: Makes the views of operands and results.
+        shape: Makes the call's shape.
+        scale: The factor of the logits.
+    """
+    if key not in _PREPARED:
+        if len(_PREPARED) >= _MOST:
+            _PREPARED.clear()
+        _PREPARED[key] = _prepare(work(), views(), shape(), scale)
+    return _PREPARED[key]
+
+
+def _prepare(work: Work, views: Mapping[str, View], shape: Shape, scale: float) -> Prepared:
+    functions = []
+    for one in work.launches:
+        function = load(one.source, defines=one.defines).get_function(one.kernel)
+        if one.shared_bytes > function.max_dynamic_shared_size_bytes:
+            function.max_dynamic_shared_size_bytes = one.shared_bytes
+        functions.append((function.kernel, (one.blocks,), one.threads, one.shared_bytes))
+    packed = pack(shape, views, scale, work.counts)
+    names = (*views, *work.scratch)
+    return Prepared(
+        work.scratch,
+        tuple(functions),
+        np.frombuffer(packed.tobytes(), np.uint64),
+        np.array([place_of(name) // 8 for name in names]),
+    )
+
+
+@cache
+def _stream(pointer: int) -> Any:
+    """A stream that is not CuPy's own."""
+    import cupy
+
+    return cupy.cuda.ExternalStream(pointer)

@@ -1,0 +1,284 @@
+"""The tensor-core kernels' host side: what they declare, their tiles, and what a call launches.
+
+The device side is ``cuda/evoformer_tensor*.cu``, a file for each pass; what they share, and how a
+warp's numbers lie, is in ``cuda/evoformer_tensor.cuh``. Sizes of tiles are data,
+:data:`GEOMETRIES`. What is decided here needs no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from isoform.kernels.arguments import View
+from isoform.kernels.compiler import Define
+from isoform.kernels.launch import Launch, Work
+from isoform.reference.contract import Arithmetic, Capabilities, Shape
+
+ELEMENTS = {"float16": 1, "bfloat16": 2}
+HEAD_DIMS = (16, 32, 48, 64, 96, 128)
+"""The head dims that there is a variant for; a D between two is padded to the larger, inside."""
+
+ARCHITECTURES = frozenset(
+    f"sm_{number}" for number in (80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
+)
+"""Ampere and newer, which have the instructions."""
+
+CAPABILITIES = Capabilities(
+    "evoformer_attention",
+    dtypes=frozenset(ELEMENTS),
+    devices=frozenset({"cuda"}),
+    architectures=ARCHITECTURES,
+    head_dims=(1, HEAD_DIMS[-1]),
+    deterministic=True,  # sums over blocks are made in order, without atomic additions
+    memory="linear",
+    arithmetic=Arithmetic(
+        probabilities="operand",
+        output="operand",
+        cotangent="operand",
+        dlogits="operand",
+        sums="truncated",
+    ),
+)
+
+SAVED = {"top": 4, "total_code": 2}
+"""What the forward leaves for the backward besides the output, ``[B, S, H, Q]``: bytes of each."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a pass cuts its work.
+
+    Attributes:
+        m_tiles: A warp's rows, in sixteens: queries, or keys in ``backward_key``.
+        warps: Warps that share a head.
+        rows: Rows s that a block does at once: they share a tile of the pair bias.
+        block: Rows of a tile that streams by: keys, or queries in ``backward_key``.
+        blocks: Blocks that are to fit on a multiprocessor at once, which bounds the registers.
+        chunk: Of a tile's rows, those whose logits are in registers at a time.
+        unroll: How many chunks the compiler may interleave.
+    """
+
+    m_tiles: int
+    warps: int
+    rows: int
+    block: int
+    blocks: int
+    chunk: int = 16
+    unroll: int = 1
+
+    @property
+    def own(self) -> int:
+        """Rows of a block that stay: queries, or keys in ``backward_key``."""
+        return 16 * self.m_tiles * self.warps
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps * self.rows
+
+
+PASSES = ("forward", "backward_query", "backward_key", "backward_pair_bias")
+"""Each is a source, ``evoformer_tensor_PASS.cu``, and a kernel of the same name."""
+
+GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
+    "forward": {
+        16: Geometry(1, 4, 1, 64, 4, 64),
+        32: Geometry(1, 4, 1, 64, 4, 32),
+        48: Geometry(1, 4, 1, 64, 3, 64),
+        64: Geometry(1, 4, 1, 64, 3, 32),
+        96: Geometry(1, 4, 1, 64, 2, 32),
+        128: Geometry(1, 4, 1, 32, 2, 32),
+    },
+    "backward_query": {
+        16: Geometry(1, 8, 1, 64, 2),
+        32: Geometry(1, 8, 1, 64, 2),
+        48: Geometry(1, 4, 1, 64, 2),
+        64: Geometry(1, 4, 1, 64, 3),
+        96: Geometry(1, 4, 1, 64, 2),
+        128: Geometry(1, 4, 1, 32, 1),
+    },
+    "backward_key": {
+        16: Geometry(2, 4, 1, 64, 2),
+        32: Geometry(2, 4, 1, 64, 2),
+        48: Geometry(1, 4, 1, 64, 2),
+        64: Geometry(1, 4, 1, 64, 2),
+        96: Geometry(1, 4, 1, 32, 2),
+        128: Geometry(1, 4, 1, 32, 1),
+    },
+    "backward_pair_bias": {
+        16: Geometry(1, 8, 1, 64, 2),
+        32: Geometry(1, 8, 1, 64, 2),
+        48: Geometry(1, 4, 1, 64, 2),
+        64: Geometry(1, 4, 1, 64, 2),
+        96: Geometry(1, 4, 1, 32, 2),
+        128: Geometry(1, 2, 1, 32, 2),
+    },
+    "backward_pair_bias, gated": {
+        16: Geometry(1, 8, 1, 64, 1),
+        32: Geometry(1, 8, 1, 32, 1),
+        48: Geometry(1, 4, 1, 64, 2),
+        64: Geometry(1, 4, 1, 32, 2),
+        96: Geometry(1, 2, 1, 32, 2),
+        128: Geometry(1, 2, 1, 32, 2),
+    },
+}
+"""By pass and head dim. A block's shared memory fits into the 99 KiB that the smallest GPUs have,
+such as an RTX 4090's."""
+
+FILL = 256
+"""Blocks that fill a GPU: where ``backward_pair_bias`` has fewer tiles, several share one."""
+
+
+WORKSPACE = 0.02
+"""How much those partial sums may take beyond one float32 dpair_bias, of the other gradients."""
+
+
+def forward(shape: Shape, dtype: str, operands: Mapping[str, View]) -> Work:
+    """What computes ``out``, and ``lse``, ``top``, ``total`` where they are among the arguments."""
+    one = _pass("forward", shape, dtype, "Q H S B", choices(shape, operands))
+    return Work((one,) if one.blocks else ())
+
+
+def backward(
+    shape: Shape, dtype: str, operands: Mapping[str, View], wanted: Collection[str]
+) -> Work:
+    """What computes the gradients of the operands ``wanted``.
+
+    The first kernel does q and the gate, and leaves what all others need.
+    """
+    if not wanted:
+        return Work(())
+    chosen = choices(shape, operands)
+    launches = [_pass("backward_query", shape, dtype, "Q H S B", chosen)]
+    scratch = {"delta": shape.of("lse")}
+    counts = {}
+    if not {"k", "v", "mask_bias"}.isdisjoint(wanted):
+        keys = _pass("backward_key", shape, dtype, "K G S B", chosen)
+        launches.append(keys)
+        if "mask_bias" in wanted:
+            scratch["mask_bias_parts"] = (shape.B, shape.S, shape.G, shape.K)
+            launches.append(
+                replace(
+                    keys,
+                    kernel="evoformer_tensor_backward_mask_bias",
+                    blocks=-(-shape.B * shape.S * shape.K // 256),
+                    threads=(256,),
+                    shared_bytes=0,
+                )
+            )
+    if "pair_bias" in wanted:
+        pairs = _pass("backward_pair_bias", shape, dtype, "K Q H B", chosen)
+        parts = _parts(shape, pairs.blocks)
+        launches.append(replace(pairs, blocks=pairs.blocks * parts))
+        counts = {"parts": parts, "pair_bias_tiles": pairs.blocks}
+        if parts > 1:
+            geometry = geometry_of("backward_pair_bias", shape.D, gated="gate" in operands)
+            scratch["pair_bias_parts"] = (parts, pairs.blocks, geometry.own * geometry.block)
+            scratch["arrived"] = (pairs.blocks,)
+    return Work(tuple(one for one in launches if one.blocks), scratch, counts)
+
+
+def head_dim(D: int) -> int:
+    """The head dim of the variant for D."""
+    return next(room for room in HEAD_DIMS if room >= D)
+
+
+def geometry_of(name: str, D: int, *, gated: bool) -> Geometry:
+    """How the pass ``name`` cuts its work where the head dim is D, with a gate or without."""
+    special = f"{name}, gated"
+    return GEOMETRIES[special if gated and special in GEOMETRIES else name][head_dim(D)]
+
+
+def shared_bytes(name: str, D: int, *, gated: bool) -> int:
+    """The shared memory of a block; each source asserts that it has the same idea."""
+    geometry = geometry_of(name, D, gated=gated)
+    own, block, rows = geometry.own, geometry.block, geometry.rows
+    row = 2 * (head_dim(D) + 8)
+    columns = own if name == "backward_key" else block
+    bias = 2 * (columns + 8)
+    key, query = 6, 16  # bytes that are kept of each
+    match name:
+        case "forward":
+            return (
+                rows * own * row
+                + 2 * (2 * rows * block * row + own * bias)
+                + 4 * rows * block * key
+            )
+        case "backward_query":
+            return (
+                2 * rows * own * row
+                + 2 * (2 * rows * block * row + own * bias)
+                + 4 * rows * block * key
+            )
+        case "backward_key":
+            streams = (2 + gated) * rows * block * row + block * bias
+            return 2 * rows * own * row + 2 * streams + 4 * rows * block * query
+        case _:
+            streams = (2 + gated) * own * row + 2 * block * row
+            return 2 * streams + own * bias + 4 * own * query + 4 * block * key
+
+
+def variant(name: str, dtype: str, D: int, chosen: Mapping[str, int]) -> dict[str, Define]:
+    """The definitions that choose the variant of the pass ``name``, with those ``chosen`` by the
+    operands, see :func:`choices`.
+    """
+    gated = bool(chosen["GATED"])
+    geometry = geometry_of(name, D, gated=gated)
+    return {
+        "ELEMENT": ELEMENTS[dtype],
+        "HEAD_DIM": head_dim(D),
+        "M_TILES": geometry.m_tiles,
+        "WARPS": geometry.warps,
+        "ROWS": geometry.rows,
+        "BLOCK": geometry.block,
+        "CHUNK": geometry.chunk,
+        "UNROLL": geometry.unroll,
+        "BLOCKS": geometry.blocks,
+        "SHARED_BYTES": shared_bytes(name, D, gated=gated),
+        **chosen,
+    }
+
+
+def _pass(name: str, shape: Shape, dtype: str, axes: str, chosen: Mapping[str, int]) -> Launch:
+    """A block for each tile along ``axes``; there may be none."""
+    geometry = geometry_of(name, shape.D, gated=bool(chosen["GATED"]))
+    keys = geometry.block if name == "backward_pair_bias" else geometry.own
+    sizes = {"Q": geometry.own, "K": keys, "S": geometry.rows}
+    blocks = prod(-(-getattr(shape, axis) // sizes.get(axis, 1)) for axis in axes.split())
+    defines = variant(name, dtype, shape.D, chosen)
+    source = f"evoformer_tensor_{name}"
+    return Launch(
+        source, defines, source, blocks, (geometry.threads,), int(defines["SHARED_BYTES"])
+    )
+
+
+def choices(shape: Shape, operands: Mapping[str, View]) -> dict[str, int]:
+    """The definitions that depend on the operands: which there are, and whether their rows can be
+    copied 16 bytes, eight elements, at a time.
+    """
+
+    def aligned(view: View) -> bool:
+        *strides, last = view.strides
+        return view.pointer % 16 == 0 and last == 1 and all(step % 8 == 0 for step in strides)
+
+    rows = (operands[name] for name in ("q", "k", "v", "gate", "dout", "out") if name in operands)
+    bias = operands.get("pair_bias")
+    return {
+        "MASK_BIAS": int("mask_bias" in operands),
+        "PAIR_BIAS": int("pair_bias" in operands),
+        "GATED": int("gate" in operands),
+        "ALIGNED": int(shape.D % 8 == 0 and all(map(aligned, rows))),
+        "ALIGNED_BIAS": int(bias is None or (shape.K % 8 == 0 and aligned(bias))),
+    }
+
+
+def _parts(shape: Shape, tiles: int) -> int:
+    """How many blocks share the rows s of a tile of the pair bias."""
+    if tiles == 0:
+        return 1
+    whole = 4 * prod(shape.of("pair_bias"))
+    others = 2 * (2 * prod(shape.of("q")) + 2 * prod(shape.of("k")))
+    room = int((whole + WORKSPACE * others) // whole)
+    return max(1, min(-(-FILL // tiles), shape.S, room))

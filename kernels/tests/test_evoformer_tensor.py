@@ -1,0 +1,262 @@
+"""The tensor-core kernels' host side: what is launched, what is kept, which variant is taken."""
+
+import re
+from math import prod
+
+import pytest
+
+from isoform.kernels import tensor
+from isoform.kernels.arguments import View
+from isoform.kernels.compiler import SOURCES
+from isoform.kernels.emulate import CompilationFailed, HostCompilerUnavailable, check, host_compiler
+from isoform.reference.contract import Shape
+
+SHAPE = Shape(B=2, S=3, Q=150, K=200, H=4, G=2, D=24)
+ALL = ("q", "k", "v", "mask_bias", "pair_bias", "gate")
+BARE = ("q", "k", "v")
+
+
+def contiguous(shape, pointer=1 << 20):
+    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return View.of(pointer, shape, tuple(strides))
+
+
+def lying(shape=SHAPE, names=ALL):
+    shapes = {name: shape.of(name) for name in (*names, "out")}
+    shapes["dout"] = shapes["out"]
+    return {name: contiguous(size) for name, size in shapes.items()}
+
+
+def kernels(work):
+    return [launch.kernel.removeprefix("evoformer_tensor_") for launch in work.launches]
+
+
+def tiles(length, size):
+    return -(-length // size)
+
+
+# --- What is launched -----------------------------------------------------------------------------
+
+
+def test_every_kernel_of_the_sources_is_launched_and_no_other():
+    defined = {
+        kernel
+        for file in SOURCES.glob("evoformer_tensor_*.cu")
+        for kernel in re.findall(
+            r"__global__.*?(evoformer_tensor_\w+)\(", file.read_text("utf-8"), re.DOTALL
+        )
+    }
+    works = (
+        tensor.forward(SHAPE, "bfloat16", lying()),
+        tensor.backward(SHAPE, "bfloat16", lying(), ALL),
+    )
+    assert {launch.kernel for work in works for launch in work.launches} == defined
+
+
+def test_a_block_for_each_tile():
+    (forward,) = tensor.forward(SHAPE, "bfloat16", lying()).launches
+    geometry = tensor.geometry_of("forward", SHAPE.D, gated=True)
+    B, S, Q, K, H, G, _ = (getattr(SHAPE, axis) for axis in "BSQKHGD")
+    assert forward.blocks == tiles(Q, geometry.own) * H * tiles(S, geometry.rows) * B
+    assert forward.threads == (geometry.threads,)
+    assert forward.shared_bytes == forward.defines["SHARED_BYTES"]
+
+    query, key, mask_bias, pair_bias = tensor.backward(SHAPE, "bfloat16", lying(), ALL).launches
+    geometry = tensor.geometry_of("backward_query", SHAPE.D, gated=True)
+    assert query.blocks == tiles(Q, geometry.own) * H * tiles(S, geometry.rows) * B
+    geometry = tensor.geometry_of("backward_key", SHAPE.D, gated=True)
+    assert key.blocks == tiles(K, geometry.own) * G * tiles(S, geometry.rows) * B
+    assert (mask_bias.blocks, mask_bias.threads) == (tiles(B * S * K, 256), (256,))
+    assert mask_bias.defines == key.defines  # one program, two kernels
+    geometry = tensor.geometry_of("backward_pair_bias", SHAPE.D, gated=True)
+    whole = tiles(K, geometry.block) * tiles(Q, geometry.own) * H * B
+    assert pair_bias.blocks % whole == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "launches", "scratch"),
+    [
+        ([], [], []),
+        (["q"], ["backward_query"], ["delta"]),
+        (["gate"], ["backward_query"], ["delta"]),
+        (["k"], ["backward_query", "backward_key"], ["delta"]),
+        (["v"], ["backward_query", "backward_key"], ["delta"]),
+        (
+            ["mask_bias"],
+            ["backward_query", "backward_key", "backward_mask_bias"],
+            ["delta", "mask_bias_parts"],
+        ),
+        (["pair_bias"], ["backward_query", "backward_pair_bias"], ["delta"]),
+    ],
+)
+def test_only_what_is_wanted_is_launched(wanted, launches, scratch):
+    work = tensor.backward(SHAPE, "float16", lying(), wanted)
+    assert kernels(work) == launches
+    sized = {name for name in work.scratch if name not in ("pair_bias_parts", "arrived")}
+    assert sized == set(scratch)
+
+
+@pytest.mark.parametrize("axis", ["B", "S", "Q", "H"])
+def test_nothing_is_launched_for_an_empty_result(axis):
+    empty = Shape(**dict.fromkeys("BSQKHGD", 2) | {axis: 0})
+    assert tensor.forward(empty, "float16", lying(empty)).launches == ()
+
+
+def test_no_keys_still_give_a_result_and_gradients_of_the_queries():
+    empty = Shape(1, 1, 3, 0, 2, 2, 4)
+    assert len(tensor.forward(empty, "float16", lying(empty)).launches) == 1
+    assert kernels(tensor.backward(empty, "float16", lying(empty), ALL)) == ["backward_query"]
+
+
+# --- What is kept besides operands and results ----------------------------------------------------
+
+
+def test_scratch_memory_is_a_few_numbers_per_query_and_key():
+    scratch = tensor.backward(SHAPE, "bfloat16", lying(), ALL).scratch
+    assert scratch["delta"] == (SHAPE.B, SHAPE.S, SHAPE.H, SHAPE.Q)
+    assert scratch["mask_bias_parts"] == (SHAPE.B, SHAPE.S, SHAPE.G, SHAPE.K)
+
+
+MANY_ROWS = Shape(1, 512, 64, 64, 4, 4, 32)  # one tile or a few, many rows to share among blocks
+FEW = {
+    "one row": Shape(1, 1, 64, 64, 4, 4, 32),
+    "as many tiles as fill a GPU": Shape(1, 8, 1024, 1024, 8, 8, 32),
+}
+
+
+def pair_bias(shape):
+    work = tensor.backward(shape, "bfloat16", lying(shape), ["pair_bias"])
+    return work, work.launches[-1].blocks
+
+
+def test_blocks_share_the_rows_of_a_tile_where_tiles_are_few():
+    work, blocks = pair_bias(MANY_ROWS)
+    parts, whole = work.counts["parts"], work.counts["pair_bias_tiles"]
+    geometry = tensor.geometry_of("backward_pair_bias", MANY_ROWS.D, gated=True)
+    assert 1 < parts <= MANY_ROWS.S
+    assert blocks == parts * whole
+    assert whole == tiles(64, geometry.own) * tiles(64, geometry.block) * 4
+    assert work.scratch["pair_bias_parts"] == (parts, whole, geometry.own * geometry.block)
+    assert work.scratch["arrived"] == (whole,)
+
+
+@pytest.mark.parametrize("shape", FEW.values(), ids=FEW)
+def test_elsewhere_a_tile_is_one_blocks(shape):
+    work, blocks = pair_bias(shape)
+    assert work.counts == {"parts": 1, "pair_bias_tiles": blocks}
+    assert work.scratch.keys() == {"delta"}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [MANY_ROWS, *FEW.values(), SHAPE, Shape(1, 128, 256, 256, 8, 8, 32)],
+    ids=str,
+)
+def test_what_blocks_share_stays_within_the_memory_promised(shape):
+    """One float32 dpair_bias, and a little of what the other gradients take."""
+    work, _ = pair_bias(shape)
+    parts = 4 * prod(work.scratch.get("pair_bias_parts", (0,)))
+    geometry = tensor.geometry_of("backward_pair_bias", shape.D, gated=True)
+    padded = work.counts["pair_bias_tiles"] * geometry.own * geometry.block
+    whole = prod(shape.of("pair_bias"))
+    gradients = 2 * 2 * (prod(shape.of("q")) + prod(shape.of("k")))
+    promised = 4 * whole + tensor.WORKSPACE * gradients
+    assert parts <= promised * padded / whole  # where tiles stick out, their borders too
+
+
+# --- Which variant --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("D", "room"), [(1, 16), (16, 16), (17, 32), (33, 48), (49, 64), (65, 96), (97, 128)]
+)
+def test_a_head_dim_between_two_variants_takes_the_larger(D, room):
+    assert tensor.head_dim(D) == room
+
+
+def test_which_operands_there_are_chooses():
+    absent = {"MASK_BIAS": 0, "PAIR_BIAS": 0, "GATED": 0, "ALIGNED": 1, "ALIGNED_BIAS": 1}
+    assert tensor.choices(SHAPE, lying(names=BARE)) == absent
+    assert tensor.choices(SHAPE, lying()) == dict.fromkeys(absent, 1)
+
+
+ROWS = ("q", "k", "v", "gate", "dout", "out")
+
+
+@pytest.mark.parametrize("name", [*ROWS, "pair_bias"])
+@pytest.mark.parametrize("how", ["pointer", "stride", "last", "broadcast"])
+def test_rows_that_do_not_lie_on_16_bytes_choose(name, how):
+    operands = lying()
+    one = operands[name]
+    odd = (*one.strides[:3], one.strides[3] + 1, 1)
+    operands[name] = {
+        "pointer": View(one.pointer + 2, one.strides),
+        "stride": View(one.pointer, odd),
+        "last": View(one.pointer, (*(8 * step for step in one.strides[:-1]), 8)),
+        "broadcast": View(one.pointer, (*one.strides[:-1], 0)),
+    }[how]
+    found = tensor.choices(SHAPE, operands)
+    which = "ALIGNED_BIAS" if name == "pair_bias" else "ALIGNED"
+    other = {"ALIGNED", "ALIGNED_BIAS"} - {which}
+    assert found[which] == 0
+    assert all(found[one] == 1 for one in other)
+
+
+LONGER = (2, 3, 150, 208, 4, 2, 24)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "which"), [({"D": 20}, "ALIGNED"), ({"K": 201}, "ALIGNED_BIAS")], ids=str
+)
+def test_sizes_that_are_not_of_eights_choose(sizes, which):
+    """However its rows lie: here on 16 bytes, in room for more."""
+    shape = Shape(**{axis: getattr(SHAPE, axis) for axis in "BSQKHGD"} | sizes)
+    found = tensor.choices(shape, lying(SHAPE if "D" in sizes else Shape(*LONGER)))
+    assert [name for name in ("ALIGNED", "ALIGNED_BIAS") if not found[name]] == [which]
+
+
+def test_strides_of_an_axis_with_one_index_do_not_matter():
+    operands = lying(Shape(1, 1, 8, 8, 1, 1, 8))
+    odd = View.of(1 << 20, (1, 1, 8, 1, 8), (3, 5, 8, 7, 1))
+    assert tensor.choices(Shape(1, 1, 8, 8, 1, 1, 8), operands | {"q": odd})["ALIGNED"] == 1
+
+
+# --- The host and the source have one idea of the shared memory -----------------------------------
+
+
+try:
+    COMPILER = host_compiler()
+except HostCompilerUnavailable as missing:
+    COMPILER = ""
+    WITHOUT = f"not run: {missing}"
+needs_a_compiler = pytest.mark.skipif(not COMPILER, reason="" if COMPILER else WITHOUT)
+
+
+def variant(name, D, gated):
+    chosen = {"MASK_BIAS": 1, "PAIR_BIAS": 1, "GATED": gated, "ALIGNED": 1, "ALIGNED_BIAS": 1}
+    return tensor.variant(name, "bfloat16", D, chosen)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("D", tensor.HEAD_DIMS)
+@pytest.mark.parametrize("name", tensor.PASSES)
+def test_the_source_asserts_the_shared_memory_that_the_host_asks_for(name, D):
+    for gated in (0, 1):
+        check(f"evoformer_tensor_{name}", defines=variant(name, D, gated))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("name", tensor.PASSES)
+def test_another_idea_is_an_error(name):
+    defines = variant(name, 32, 1)
+    wrong = defines | {"SHARED_BYTES": int(defines["SHARED_BYTES"]) + 16}
+    with pytest.raises(CompilationFailed, match="another idea of the shared memory"):
+        check(f"evoformer_tensor_{name}", defines=wrong)
+
+
+@pytest.mark.parametrize("D", tensor.HEAD_DIMS)
+@pytest.mark.parametrize("name", tensor.PASSES)
+def test_a_block_fits_into_the_shared_memory_of_the_smallest_gpus(name, D):
+    """sm_86, sm_89 and sm_120 have 99 KiB for a block; a kernel declares a few bytes itself."""
+    for gated in (False, True):
+        assert tensor.shared_bytes(name, D, gated=gated) + 16 <= 99 * 1024
