@@ -14,6 +14,7 @@ TYPES = {
     "void *": "u8",
     "float *": "u8",
     "uint16 *": "u8",
+    "uint8 *": "u8",
     "int *": "u8",
     "int64 ": "i8",
     "float ": "f4",

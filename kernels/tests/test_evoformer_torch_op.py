@@ -33,8 +33,8 @@ def _(q, k, v, mask, mask_bias, pair_bias, gate, scale, kernel, return_lse, save
         oracle.evoformer_attention(q, k, v, **biases, scale=scale, return_lse=True),
     )
     # what is saved here is the lse, for each thing that the kernel saves, so that it can be known
-    planes = sum(BY_NAME[kernel].saved.values()) // 2
-    kept = torch.stack([lse.short()] * planes) if save else torch.empty(0, dtype=torch.int16)
+    planes = sum(BY_NAME[kernel].saved.values())
+    kept = torch.stack([lse.byte()] * planes) if save else torch.empty(0, dtype=torch.uint8)
     return out, lse.float() if return_lse else torch.empty(0), kept
 
 
@@ -105,7 +105,7 @@ def test_opcheck(without, return_lse, save, kernel):
 def test_opcheck_of_the_backward(kept, kernel):
     made = operands(requires_grad=())
     dout = torch.ones_like(made["q"])
-    saved = (dout, torch.ones(3, 2, 3, 4, 5, dtype=torch.int16)) if kept else (None, None)
+    saved = (dout, torch.ones(7, 2, 3, 4, 5, dtype=torch.uint8)) if kept else (None, None)
     wanted = [True, False, True, True, False, True]
     torch.library.opcheck(
         torch_op.attention_backward, (dout, *made.values(), *saved, 0.5, kernel, wanted)
@@ -122,7 +122,7 @@ def test_what_is_kept_for_the_backward_is_up_to_the_kernel(kernel):
         assert kept_out is None and saved is None
     else:
         assert torch.equal(kept_out, out)
-        assert torch.equal(saved, torch.stack([lse.short()] * 3))
+        assert torch.equal(saved, torch.stack([lse.byte()] * 7))
 
 
 def test_nothing_is_saved_where_no_gradient_is_wanted(kernel, monkeypatch):
@@ -158,8 +158,8 @@ def test_fake_tensors_have_the_shapes_of_the_results(return_lse, save):
         )
     assert out.shape == made["q"].shape and out.is_contiguous() and out.dtype == torch.bfloat16
     assert lse.shape == ((2, 3, 4, 5) if return_lse else (0,))
-    assert saved.shape == ((3, 2, 3, 4, 5) if save else (0,))
-    assert (lse.dtype, saved.dtype) == (torch.float32, torch.int16)
+    assert saved.shape == ((7, 2, 3, 4, 5) if save else (0,))
+    assert (lse.dtype, saved.dtype) == (torch.float32, torch.uint8)
     assert [x.shape for x in gradients] == [made[name].shape for name in DIFFERENTIABLE]
     assert {x.dtype for x in gradients} == {torch.bfloat16}
 

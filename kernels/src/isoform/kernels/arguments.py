@@ -20,10 +20,10 @@ AXES = ("B", "S", "Q", "K", "H", "G", "D")
 OPERANDS = ("q", "k", "v", "mask", "mask_bias", "pair_bias", "gate", "out", "lse")
 GRADIENTS = ("dout", "dq", "dk", "dv", "dmask_bias", "dpair_bias", "dgate")
 SCRATCH = (
-    *("top", "total", "total_code", "delta"),
+    *("top", "total", "total_code", "total_more", "delta"),
     *("mask_bias_parts", "pair_bias_parts", "arrived"),
 )
-"""What one kernel leaves for the next ones: contiguous; of 4-byte elements, but total_code."""
+"""What one kernel leaves for the next ones: contiguous; of 4 bytes each, the code of total of 3."""
 COUNTS = ("parts", "pair_bias_tiles")
 
 OPERAND = np.dtype([("data", "u8"), ("stride", "i8", 5)], align=True)

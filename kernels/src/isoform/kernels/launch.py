@@ -136,4 +136,14 @@ def _stream(pointer: int) -> Any:
     """A stream that is not CuPy's own."""
     import cupy
 
-    return cupy.cuda.ExternalStream(pointer)
+    return cupy.cuda.Stream.from_external(_Stream(pointer))
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A stream under the CUDA stream protocol, which not every PyTorch speaks that we support."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer  # the version of the protocol, and the stream

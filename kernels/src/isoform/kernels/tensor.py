@@ -42,7 +42,7 @@ CAPABILITIES = Capabilities(
     ),
 )
 
-SAVED = {"top": 4, "total_code": 2}
+SAVED = {"top": 4, "total_code": 2, "total_more": 1}
 """What the forward leaves for the backward besides the output, ``[B, S, H, Q]``: bytes of each."""
 
 

@@ -148,11 +148,14 @@ def _setup_context(
     out, lse, saved = output
     ctx.save_for_backward(*operands, *((out, saved) if save else (None, None)))
     ctx.mark_non_differentiable(lse, saved)  # no gradient is computed, and none said to be 0
+    ctx.set_materialize_grads(False)  # nor are zeros made for what is passed over
 
 
 def _differentiate(
-    ctx: Any, dout: Tensor, dlse: Tensor | None, dsaved: Tensor | None
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, dsaved: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if dout is None:  # the output is not used
+        return (None,) * 11
     # the arguments of the forward are the operands, mask among them, and four that are no tensors
     wanted = [needed for place, needed in enumerate(ctx.needs_input_grad[:7]) if place != 3]
     gradients = attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.kernel, wanted)
@@ -185,15 +188,13 @@ def _empty_results(
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty((B, S, H, Q) if return_lse else 0, dtype=torch.float32),
-        q.new_empty(
-            (sum(kernel.saved.values()) // 2, B, S, H, Q) if save else 0, dtype=torch.int16
-        ),
+        q.new_empty((sum(kernel.saved.values()), B, S, H, Q) if save else 0, dtype=torch.uint8),
     )
 
 
 def _parts(kernel: Kernel, saved: Tensor) -> dict[str, Tensor]:
     """What the kernel saves, in the one tensor that PyTorch keeps for it."""
-    parts = torch.split(saved, [size // 2 for size in kernel.saved.values()])
+    parts = torch.split(saved, list(kernel.saved.values()))
     return dict(zip(kernel.saved, parts, strict=True))
 
 

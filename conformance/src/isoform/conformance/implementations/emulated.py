@@ -24,7 +24,7 @@ from isoform.reference.contract import DIFFERENTIABLE, Call, Shape, evoformer_ca
 from isoform.reference.numpy.evoformer import Gradients, check_cotangent, resolve_scale
 
 NAME = "cuda-emulated"
-CODE_OF_NAN = 0xFFFF  # in total_code, see cuda/evoformer_tensor.cuh
+CODE_OF_NAN = {np.uint16: 0xFFFF, np.uint8: 0xFF}  # see cuda/evoformer_tensor.cuh
 Pass = Callable[[Shape, str, Mapping[str, View]], Work]
 CAPABILITIES = replace(cuda.CAPABILITIES, devices=frozenset({"cpu"}))
 
@@ -133,7 +133,10 @@ def _in_every_order(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Array]:
     """What the launches write, results of these ``shapes``, in memory made anew for each order."""
-    passes, kept = tuple(passes), {"lse": np.float32, "top": np.float32, "total_code": np.uint16}
+    passes, kept = (
+        tuple(passes),
+        {"lse": np.float32, "top": np.float32, "total_code": np.uint16, "total_more": np.uint8},
+    )
 
     def run(order: Order) -> dict[str, Array]:
         results = {
@@ -177,7 +180,7 @@ def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
 
 def _unwritten(shape: tuple[int, ...], dtype: Any) -> Array:
     """Memory for a result; what is not written to it is seen as NaN."""
-    return np.full(shape, CODE_OF_NAN if dtype is np.uint16 else np.nan, dtype)
+    return np.full(shape, CODE_OF_NAN.get(dtype, np.nan), dtype)
 
 
 def _optional(mask: Any, mask_bias: Any, pair_bias: Any, gate: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@
 #include <cuda/std/cstdint>
 
 using int64 = cuda::std::int64_t;
+using uint8 = cuda::std::uint8_t;
 using uint16 = cuda::std::uint16_t;
 
 // An array of the caller's, as it lies: no layout is demanded of it.
@@ -43,7 +44,8 @@ struct EvoformerArguments {
     // What one kernel leaves for the next ones, contiguous [B, S, H, Q].
     float *top;    // a query's largest logit, or one not far below; −inf where it has no key left
     float *total;  // Σ_j exp(s_ij − top_i)
-    uint16 *total_code;  // the same in 16 bits, see evoformer_tensor.cuh
+    uint16 *total_code;  // the same in three bytes, see evoformer_tensor.cuh
+    uint8 *total_more;
     float *delta;  // Σ_d dō_id o_id
 
     // What the tensor-core kernels add up in parts: dmask_bias by key/value head, [B, S, G, K], and
@@ -57,5 +59,5 @@ struct EvoformerArguments {
 };
 
 static_assert(sizeof(Operand) == 48, "arguments.py has another idea of Operand");
-static_assert(sizeof(EvoformerArguments) == 7 * 8 + 16 * 48 + 9 * 8 + 8,
+static_assert(sizeof(EvoformerArguments) == 7 * 8 + 16 * 48 + 10 * 8 + 8,
               "arguments.py has another idea of EvoformerArguments");

@@ -507,21 +507,22 @@ __device__ inline void close_gate(Row *cotangent, const Row *gate, int size, con
     }
 }
 
-// What the forward leaves of a query takes 6 bytes: top, a float, and 16 bits of total, which is 1 or
-// more as top is the largest logit: five of its exponent and eleven of its fraction. What is cut off
-// goes into top: e^(s − top) / total stays what it was, to top's last digit.
-constexpr unsigned CODE_OF_NAN = 0xffffu;
+// What the forward leaves of a query takes 7 bytes: top, a float, and 24 bits of total, which is 1 or
+// more as top is the largest logit: five of its exponent and nineteen of its fraction. What is cut off
+// goes into top, as far as that has digits for it: e^(s − top) / total stays what it was.
+constexpr unsigned CODE_OF_NAN = 0xffffffu;
 constexpr unsigned ONE = 0x3f800000u;  // the bits of 1.0f
 
 __device__ inline float decoded(unsigned code) {
-    return __uint_as_float(code == CODE_OF_NAN ? 0x7fffffffu : (code << 12) + ONE);
+    return __uint_as_float(code == CODE_OF_NAN ? 0x7fffffffu : (code << 4) + ONE);
 }
 
 __device__ inline void keep_softmax(const EvoformerArguments &a, int64 n, float top, float total) {
     const unsigned bits = __float_as_uint(fmaxf(total, 1.0f));
-    const unsigned code = total != total ? CODE_OF_NAN : (bits - ONE) >> 12;
+    const unsigned code = total != total ? CODE_OF_NAN : (bits - ONE) >> 4;
     a.top[n] = total > 1.0f ? top + logf(total / decoded(code)) : top;
-    a.total_code[n] = static_cast<uint16>(code);
+    a.total_code[n] = static_cast<uint16>(code & 0xffffu);
+    a.total_more[n] = static_cast<uint8>(code >> 16);
 }
 
 // What it left: total is 0 where the query has no key. A row of nothing but NaN has no top either.
@@ -531,7 +532,7 @@ struct Softmax {
 
 __device__ inline Softmax kept_softmax(const EvoformerArguments &a, int64 n) {
     const float top = a.top[n];
-    const unsigned code = a.total_code[n];
+    const unsigned code = a.total_code[n] | static_cast<unsigned>(a.total_more[n]) << 16;
     return {top, top == -infinity() && code != CODE_OF_NAN ? 0.0f : decoded(code)};
 }
 
