@@ -33,7 +33,7 @@ constexpr int OWN = 16 * M_TILES;      // rows of a warp
 constexpr int BIAS_PITCH = BIAS_COLUMNS + 8;  // likewise, of a tile of the pair bias
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.44269504f;
-constexpr float HUGE_LOGIT = 1e38f;  // beyond it, its product with log₂ e is no float
+constexpr float HUGE_LOGIT = 65536.0f;  // beyond it, its product with log₂ e has too few digits
 
 using Row = Element[PITCH];
 using BiasRow = Element[BIAS_PITCH];
@@ -433,9 +433,8 @@ __device__ inline bool any_not_finite(const Fragments &x) {
 
 using PerQuery = float[M_TILES][2];  // of rows lane / 4 and lane / 4 + 8 of each sixteen
 
-// e^(s − top), by way of 2^(s log₂ e − shift) with shift = top log₂ e: one instruction less. Where
-// that product is no float, EXACT takes the difference first. A query without a logit has top −inf
-// and shift 0.
+// e^(s − top), by way of 2^(s log₂ e − shift) with shift = top log₂ e: one instruction less. Beyond
+// HUGE_LOGIT, EXACT takes the difference first. A query without a logit has top −inf and shift 0.
 template <bool EXACT>
 __device__ inline float exponential(float s, float top, float shift) {
     if (EXACT) return exp2_approximate((s - (top == -infinity() ? 0.0f : top)) * LOG2_E);
@@ -507,33 +506,25 @@ __device__ inline void close_gate(Row *cotangent, const Row *gate, int size, con
     }
 }
 
-// What the forward leaves of a query takes 7 bytes: top, a float, and 24 bits of total, which is 1 or
-// more as top is the largest logit: five of its exponent and nineteen of its fraction. What is cut off
-// goes into top, as far as that has digits for it: e^(s − top) / total stays what it was.
-constexpr unsigned CODE_OF_NAN = 0xffffffu;
-constexpr unsigned ONE = 0x3f800000u;  // the bits of 1.0f
-
-__device__ inline float decoded(unsigned code) {
-    return __uint_as_float(code == CODE_OF_NAN ? 0x7fffffffu : (code << 4) + ONE);
-}
-
+// What the forward leaves of a query takes 7 bytes: top, a float, and total in three. As top is the
+// largest logit, total is 1 and something, or a rounding error less: the difference is kept, rounded to
+// 24 bits. Where one key takes all it is small, and the gradients, which cancel then, see nothing of
+// that; elsewhere it is 2^−17 of total. A query without a key has total 0.
 __device__ inline void keep_softmax(const EvoformerArguments &a, int64 n, float top, float total) {
-    const unsigned bits = __float_as_uint(fmaxf(total, 1.0f));
-    const unsigned code = total != total ? CODE_OF_NAN : (bits - ONE) >> 4;
-    a.top[n] = total > 1.0f ? top + logf(total / decoded(code)) : top;
+    const float x = total - 1.0f;
+    const unsigned code = x != x ? 0x7fc000u : (__float_as_uint(x) + 0x80u) >> 8;
+    a.top[n] = top;
     a.total_code[n] = static_cast<uint16>(code & 0xffffu);
     a.total_more[n] = static_cast<uint8>(code >> 16);
 }
 
-// What it left: total is 0 where the query has no key. A row of nothing but NaN has no top either.
 struct Softmax {
     float top, total;
 };
 
 __device__ inline Softmax kept_softmax(const EvoformerArguments &a, int64 n) {
-    const float top = a.top[n];
     const unsigned code = a.total_code[n] | static_cast<unsigned>(a.total_more[n]) << 16;
-    return {top, top == -infinity() && code != CODE_OF_NAN ? 0.0f : decoded(code)};
+    return {a.top[n], 1.0f + __uint_as_float(code << 8)};
 }
 
 // What the backward must know of a query besides q and ō. Of one without a key, all are 0 but top.
