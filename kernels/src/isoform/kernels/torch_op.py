@@ -38,9 +38,14 @@ def forward(
     return out, lse
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def architecture(device: int) -> str:
-    """The architecture of a GPU, such as ``"sm_90"``."""
+    """The architecture of a GPU, such as ``"sm_90"``; to ``torch.compile``, a constant."""
+    return _architecture(device)
+
+
+@cache
+def _architecture(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
