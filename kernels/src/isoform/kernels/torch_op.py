@@ -10,7 +10,6 @@ numbers for each query.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -38,20 +37,13 @@ def forward(
     return out, lse
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def architecture(device: int) -> str:
-    """The architecture of a GPU, such as ``"sm_90"``; to ``torch.compile``, a constant."""
-    return _architecture(device)
-
-
-@cache
-def _architecture(device: int) -> str:
+    """The architecture of a GPU, such as ``"sm_90"``."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
-@torch.library.custom_op("isoform::evoformer_attention", mutates_args=(), device_types="cuda")
-def attention(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -76,10 +68,7 @@ def attention(
     return out, lse, saved
 
 
-@torch.library.custom_op(
-    "isoform::evoformer_attention_backward", mutates_args=(), device_types="cuda"
-)
-def attention_backward(
+def _attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -110,8 +99,7 @@ def attention_backward(
     return gradients
 
 
-@attention.register_fake
-def _(
+def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -127,8 +115,7 @@ def _(
     return _empty_results(q, BY_NAME[kernel], return_lse, save)
 
 
-@attention_backward.register_fake
-def _(
+def _fake_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -144,6 +131,26 @@ def _(
     wanted: list[bool],
 ) -> list[Tensor]:
     return _empty_gradients(_present(q, k, v, mask, mask_bias, pair_bias, gate), wanted)
+
+
+_LIBRARY = torch.library.Library("isoform", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _operation(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An operation of PyTorch's, on CUDA tensors.
+
+    Not by `torch.library.custom_op`, whose first call imports the compiler of PyTorch, which takes
+    longer than ours.
+    """
+    schema = torch.library.infer_schema(run, mutates_args=())
+    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, run, "CUDA")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"isoform::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.isoform, name).default
+
+
+attention = _operation("evoformer_attention", _attention, _fake)
+attention_backward = _operation("evoformer_attention_backward", _attention_backward, _fake_backward)
 
 
 def _setup_context(
@@ -170,7 +177,17 @@ def _differentiate(
     return dq, dk, dv, None, dmask_bias, dpair_bias, dgate, None, None, None, None
 
 
-attention.register_autograd(_differentiate, setup_context=_setup_context)
+def _refuse(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError(
+        "isoform.kernels.evoformer_attention cannot be differentiated twice; "
+        "isoform.reference.torch.evoformer_attention can"
+    )
+
+
+torch.library.register_autograd(
+    "isoform::evoformer_attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd("isoform::evoformer_attention_backward", _refuse, lib=_LIBRARY)
 
 
 def _present(
