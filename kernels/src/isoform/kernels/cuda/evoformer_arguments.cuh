@@ -42,7 +42,7 @@ struct EvoformerArguments {
     Operand dgate;
 
     // What one kernel leaves for the next ones, contiguous [B, S, H, Q].
-    float *top;    // a query's largest logit, or one not far below; −inf where it has no key left
+    float *top;    // the largest logit of a query, −inf where it has no key left
     float *total;  // Σ_j exp(s_ij − top_i)
     uint16 *total_code;  // the same in three bytes, see evoformer_tensor.cuh
     uint8 *total_more;
