@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from isoform.kernels import plain, tensor
 from isoform.kernels.arguments import View
-from isoform.kernels.launch import Work
+from isoform.kernels.launch import Pass, Work
 from isoform.reference.contract import Call, Capabilities, Shape, Unsupported
 
 
@@ -31,9 +31,13 @@ class Kernel:
 
     name: str
     capabilities: Capabilities
-    forward: Callable[[Shape, str, Mapping[str, View]], Work]
+    forward: Pass
     backward: Callable[[Shape, str, Mapping[str, View], Collection[str]], Work]
     saved: Mapping[str, int] = field(default_factory=dict)
+
+    def backward_of(self, wanted: Collection[str]) -> Pass:
+        """The backward that computes the gradients ``wanted``."""
+        return lambda shape, dtype, views: self.backward(shape, dtype, views, wanted)
 
 
 KERNELS = (

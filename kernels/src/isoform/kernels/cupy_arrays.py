@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import cupy
 
 from isoform.kernels.arguments import View
 from isoform.kernels.choice import Kernel
-from isoform.kernels.launch import Work, prepared
-from isoform.reference.contract import DIFFERENTIABLE, Call, Shape
+from isoform.kernels.launch import Description, Pass, prepared
+from isoform.reference.contract import DIFFERENTIABLE, Call
 
 
 def forward(
@@ -42,41 +42,26 @@ def backward(
             _run(kernel.forward, kernel.name, call, {**operands, **saved}, scale)
         gradients = {f"d{name}": cupy.empty(operands[name].shape, dout.dtype) for name in wanted}
         arrays = {**operands, **saved, "dout": dout, **gradients}
-
-        def work(shape: Shape, dtype: str, views: Mapping[str, View]) -> Work:
-            return kernel.backward(shape, dtype, views, wanted)
-
-        _run(work, (kernel.name, *wanted), call, arrays, scale)
+        _run(kernel.backward_of(wanted), (kernel.name, *wanted), call, arrays, scale)
     dq, dk, dv, *rest = (gradients.get(f"d{name}") for name in DIFFERENTIABLE)
     return dq, dk, dv, rest[0], rest[1], rest[2]
 
 
-def _run(
-    work: Callable[[Shape, str, Mapping[str, View]], Work],
-    which: Hashable,
-    call: Call,
-    arrays: Mapping[str, Any],
-    scale: float,
-) -> None:
-    """Launch what ``work`` makes, known by ``which``, on CuPy's current stream."""
+def _run(one: Pass, which: Hashable, call: Call, arrays: Mapping[str, Any], scale: float) -> None:
+    """Launch the pass ``one``, known by ``which``, on CuPy's current stream."""
     key = (
         *(which, cupy.cuda.runtime.getDevice(), call.dtype, scale),
         *((name, x.shape, x.strides, x.data.ptr % 16) for name, x in arrays.items()),
     )
 
-    def views() -> dict[str, View]:
-        return {
+    def described() -> Description:
+        views = {
             name: View.of(x.data.ptr, x.shape, tuple(step // x.itemsize for step in x.strides))
             for name, x in arrays.items()
         }
+        return call.shape, call.dtype, views
 
-    found = prepared(
-        key,
-        lambda: work(call.shape, call.dtype, views()),
-        views,
-        lambda: call.shape,
-        scale,
-    )
+    found = prepared(key, one, described, scale)
     scratch = [_empty(shape) for shape in found.scratch.values()]
     pointers = [x.data.ptr for x in (*arrays.values(), *scratch)]
     found.launch(pointers, cupy.cuda.get_current_stream().ptr)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from isoform.kernels.arguments import ARGUMENTS, View, pack, place_of
-from isoform.kernels.compiler import Define, load
+from isoform.kernels.compiler import Define, load, toolkit
 from isoform.reference.contract import Shape
 
 
@@ -57,6 +57,13 @@ class Work:
     counts: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
+Pass = Callable[[Shape, str, Mapping[str, View]], Work]
+"""Makes the work of a forward or a backward, by the shape, the dtype and how the arrays lie."""
+
+Description = tuple[Shape, str, Mapping[str, View]]
+"""What a pass is given."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A pass that lacks nothing but the addresses of its arrays.
@@ -92,35 +99,34 @@ _MOST = 1024
 
 
 def prepared(
-    key: Hashable,
-    work: Callable[[], Work],
-    views: Callable[[], Mapping[str, View]],
-    shape: Callable[[], Shape],
-    scale: float,
+    key: Hashable, one: Pass, described: Callable[[], Description], scale: float
 ) -> Prepared:
     """The pass known by ``key``, made if it is new.
 
     Args:
         key: All that the pass depends on but the addresses, the device included.
-        work: Makes the work.
-        views: Makes the views of operands and results.
-        shape: Makes the call's shape.
+        one: The pass.
+        described: Says what it is given; asked only if the pass is new.
         scale: The factor of the logits.
     """
     if key not in _PREPARED:
         if len(_PREPARED) >= _MOST:
             _PREPARED.clear()
-        _PREPARED[key] = _prepare(work(), views(), shape(), scale)
+        _PREPARED[key] = _prepare(one, *described(), scale)
     return _PREPARED[key]
 
 
-def _prepare(work: Work, views: Mapping[str, View], shape: Shape, scale: float) -> Prepared:
+def _prepare(
+    one: Pass, shape: Shape, dtype: str, views: Mapping[str, View], scale: float
+) -> Prepared:
+    toolkit()  # says what to install where CuPy is missing
+    work = one(shape, dtype, views)
     functions = []
-    for one in work.launches:
-        function = load(one.source, defines=one.defines).get_function(one.kernel)
-        if one.shared_bytes > function.max_dynamic_shared_size_bytes:
-            function.max_dynamic_shared_size_bytes = one.shared_bytes
-        functions.append((function.kernel, (one.blocks,), one.threads, one.shared_bytes))
+    for each in work.launches:
+        function = load(each.source, defines=each.defines).get_function(each.kernel)
+        if each.shared_bytes > function.max_dynamic_shared_size_bytes:
+            function.max_dynamic_shared_size_bytes = each.shared_bytes
+        functions.append((function.kernel, (each.blocks,), each.threads, each.shared_bytes))
     packed = pack(shape, views, scale, work.counts)
     names = (*views, *work.scratch)
     return Prepared(

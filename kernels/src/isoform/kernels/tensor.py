@@ -130,7 +130,6 @@ such as an RTX 4090's."""
 FILL = 256
 """Blocks that fill a GPU: where ``backward_pair_bias`` has fewer tiles, several share one."""
 
-
 WORKSPACE = 0.02
 """How much those partial sums may take beyond one float32 dpair_bias, of the other gradients."""
 
@@ -200,18 +199,10 @@ def shared_bytes(name: str, D: int, *, gated: bool) -> int:
     bias = 2 * (columns + 8)
     key, query = 6, 16  # bytes that are kept of each
     match name:
-        case "forward":
-            return (
-                rows * own * row
-                + 2 * (2 * rows * block * row + own * bias)
-                + 4 * rows * block * key
-            )
-        case "backward_query":
-            return (
-                2 * rows * own * row
-                + 2 * (2 * rows * block * row + own * bias)
-                + 4 * rows * block * key
-            )
+        case "forward" | "backward_query":
+            kept = 1 if name == "forward" else 2  # q; with the cotangent
+            streams = 2 * rows * block * row + own * bias
+            return kept * rows * own * row + 2 * streams + 4 * rows * block * key
         case "backward_key":
             streams = (2 + gated) * rows * block * row + block * bias
             return 2 * rows * own * row + 2 * streams + 4 * rows * block * query

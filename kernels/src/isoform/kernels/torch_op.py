@@ -17,8 +17,7 @@ from torch import Tensor
 
 from isoform.kernels.arguments import View
 from isoform.kernels.choice import BY_NAME, Kernel
-from isoform.kernels.compiler import toolkit
-from isoform.kernels.launch import Work, prepared
+from isoform.kernels.launch import Description, Pass, prepared
 from isoform.reference.contract import DIFFERENTIABLE, Shape, dtype_name
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -86,51 +85,24 @@ def _attention_backward(
     """The gradients ``wanted``, in the contract's order; an empty tensor for each that is not."""
     operands = _present(q, k, v, mask, mask_bias, pair_bias, gate)
     gradients = _empty_gradients(operands, wanted)
-    asked = [name for name, is_wanted in zip(DIFFERENTIABLE, wanted, strict=True) if is_wanted]
-    results = {f"d{name}": x for name, x in zip(DIFFERENTIABLE, gradients, strict=True)}
-    tensors = {**operands, "dout": dout, **{f"d{name}": results[f"d{name}"] for name in asked}}
+    asked = {
+        name: x for name, x, needed in zip(DIFFERENTIABLE, gradients, wanted, strict=True) if needed
+    }
+    tensors = {**operands, "dout": dout, **{f"d{name}": x for name, x in asked.items()}}
     if out is not None and saved is not None:
         tensors |= {"out": out, **_parts(BY_NAME[kernel], saved)}
-
-    def backward(shape: Shape, dtype: str, views: Mapping[str, View]) -> Work:
-        return BY_NAME[kernel].backward(shape, dtype, views, asked)
-
-    _run(backward, (kernel, *asked), tensors, scale)
+    _run(BY_NAME[kernel].backward_of(list(asked)), (kernel, *asked), tensors, scale)
     return gradients
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    mask_bias: Tensor | None,
-    pair_bias: Tensor | None,
-    gate: Tensor | None,
-    scale: float,
-    kernel: str,
-    return_lse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, kernel, return_lse, save = others
     return _empty_results(q, BY_NAME[kernel], return_lse, save)
 
 
-def _fake_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    mask_bias: Tensor | None,
-    pair_bias: Tensor | None,
-    gate: Tensor | None,
-    out: Tensor | None,
-    saved: Tensor | None,
-    scale: float,
-    kernel: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    return _empty_gradients(_present(q, k, v, mask, mask_bias, pair_bias, gate), wanted)
+def _fake_backward(dout: Tensor, *others: Any) -> list[Tensor]:
+    *operands, _, _, _, _, wanted = others
+    return _empty_gradients(_present(*operands), wanted)
 
 
 _LIBRARY = torch.library.Library("isoform", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -228,13 +200,8 @@ def _empty_gradients(operands: Mapping[str, Tensor], wanted: list[bool]) -> list
     ]
 
 
-def _run(
-    work: Callable[[Shape, str, Mapping[str, View]], Work],
-    which: Hashable,
-    tensors: Mapping[str, Tensor],
-    scale: float,
-) -> None:
-    """Launch what ``work`` makes, known by ``which``, on PyTorch's stream of the device."""
+def _run(one: Pass, which: Hashable, tensors: Mapping[str, Tensor], scale: float) -> None:
+    """Launch the pass ``one``, known by ``which``, on PyTorch's stream of the tensors' device."""
     q = tensors["q"]
     device = q.device.index
     key = (
@@ -242,17 +209,14 @@ def _run(
         *((name, x.shape, x.stride(), x.data_ptr() % 16) for name, x in tensors.items()),
     )
 
-    def views() -> dict[str, View]:
-        return {name: View.of(x.data_ptr(), x.shape, x.stride()) for name, x in tensors.items()}
-
-    def shape() -> Shape:
+    def described() -> Description:
         B, S, Q, H, D = q.shape
         K, G = tensors["k"].shape[2:4]
-        return Shape(B, S, Q, K, H, G, D)
+        views = {name: View.of(x.data_ptr(), x.shape, x.stride()) for name, x in tensors.items()}
+        return Shape(B, S, Q, K, H, G, D), dtype_name(q), views
 
     with torch.cuda.device(device):
-        toolkit()  # says what to install where CuPy is missing
-        found = prepared(key, lambda: work(shape(), dtype_name(q), views()), views, shape, scale)
+        found = prepared(key, one, described, scale)
         scratch = [q.new_empty(size, dtype=torch.float32) for size in found.scratch.values()]
         pointers = [x.data_ptr() for x in (*tensors.values(), *scratch)]
         found.launch(pointers, torch.cuda.current_stream(device).cuda_stream)

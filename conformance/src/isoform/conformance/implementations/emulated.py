@@ -7,7 +7,7 @@ order in which threads can take turns, and must be the same bit by bit in all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +19,14 @@ from isoform.conformance.implementations import cuda
 from isoform.kernels.arguments import View, pack
 from isoform.kernels.choice import Kernel, select
 from isoform.kernels.emulate import ORDERS, KernelFault, Order, build
-from isoform.kernels.launch import Work
-from isoform.reference.contract import DIFFERENTIABLE, Call, Shape, evoformer_call
+from isoform.kernels.launch import Pass
+from isoform.reference.contract import DIFFERENTIABLE, Call, evoformer_call
 from isoform.reference.numpy.evoformer import Gradients, check_cotangent, resolve_scale
 
 NAME = "cuda-emulated"
-CODE_OF_NAN = {np.uint16: 0xFFFF, np.uint8: 0xFF}  # see cuda/evoformer_tensor.cuh
-Pass = Callable[[Shape, str, Mapping[str, View]], Work]
+Made = dict[str, tuple[tuple[int, ...], Any]]
+"""Shape and dtype of results, by name."""
+
 CAPABILITIES = replace(cuda.CAPABILITIES, devices=frozenset({"cpu"}))
 
 
@@ -58,8 +59,10 @@ def evoformer_attention(
     factor = float(resolve_scale(scale, q))
     kernel = _kernel(call)
     operands = _present(q, k, v, optional)
-    shapes = {"out": call.shape.of("out")} | ({"lse": call.shape.of("lse")} if return_lse else {})
-    results = _in_every_order([kernel.forward], call, operands, factor, shapes)
+    made: Made = {"out": (q.shape, q.dtype)}
+    if return_lse:
+        made["lse"] = call.shape.of("lse"), np.dtype(np.float32)
+    results = _in_every_order([kernel.forward], call, operands, factor, made)
     return (results["out"], results["lse"]) if return_lse else results["out"]
 
 
@@ -91,16 +94,16 @@ def evoformer_attention_backward(
 
     factor = float(resolve_scale(scale, q))
     kernel = _kernel(call)
-
-    def backward(shape: Shape, dtype: str, views: Mapping[str, View]) -> Work:
-        return kernel.backward(shape, dtype, views, wanted)
-
-    passes: list[Pass] = [backward]
-    shapes = {f"d{name}": operands[name].shape for name in wanted}
+    passes = [kernel.backward_of(wanted)]
+    made: Made = {f"d{name}": (operands[name].shape, q.dtype) for name in wanted}
     if kernel.saved:
         passes.insert(0, kernel.forward)
-        shapes |= {"out": dout.shape, **{name: call.shape.of("lse") for name in kernel.saved}}
-    results = _in_every_order(passes, call, {**operands, "dout": dout}, factor, shapes)
+        made["out"] = dout.shape, q.dtype
+        made |= {
+            name: (call.shape.of("lse"), np.dtype(f"u{size}"))
+            for name, size in kernel.saved.items()
+        }
+    results = _in_every_order(passes, call, {**operands, "dout": dout}, factor, made)
     return Gradients(
         dq=results["dq"],
         dk=results["dk"],
@@ -126,23 +129,16 @@ def _kernel(call: Call) -> Kernel:
 
 
 def _in_every_order(
-    passes: Iterable[Pass],
+    passes: Sequence[Pass],
     call: Call,
     operands: Mapping[str, Array],
     scale: float,
-    shapes: Mapping[str, tuple[int, ...]],
+    made: Made,
 ) -> dict[str, Array]:
-    """What the launches write, results of these ``shapes``, in memory made anew for each order."""
-    passes, kept = (
-        tuple(passes),
-        {"lse": np.float32, "top": np.float32, "total_code": np.uint16, "total_more": np.uint8},
-    )
+    """What the launches write, results as ``made`` lists, in memory made anew for each order."""
 
     def run(order: Order) -> dict[str, Array]:
-        results = {
-            name: _unwritten(shape, kept.get(name, operands["q"].dtype))
-            for name, shape in shapes.items()
-        }
+        results = {name: _unwritten(*each) for name, each in made.items()}
         for one in passes:
             views = _views({**operands, **results})
             work = one(call.shape, call.dtype, views)
@@ -179,8 +175,10 @@ def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
 
 
 def _unwritten(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Memory for a result; what is not written to it is seen as NaN."""
-    return np.full(shape, CODE_OF_NAN.get(dtype, np.nan), dtype)
+    """Memory for a result, all bits set: what is not written to it is seen as NaN."""
+    bits = np.full((*shape, np.dtype(dtype).itemsize), 0xFF, np.uint8)
+    unwritten: Array = bits.view(dtype)[..., 0]
+    return unwritten
 
 
 def _optional(mask: Any, mask_bias: Any, pair_bias: Any, gate: Any) -> dict[str, Any]:

@@ -15,10 +15,11 @@
 // different banks. Tiles are copied asynchronously, one ahead of the one that is computed with.
 //
 // Defines: ELEMENT (1 or 2, see primitives.cuh); HEAD_DIM, a multiple of 16 and ≥ D; M_TILES; WARPS,
-// how many share a head; BLOCK, the rows of a tile that streams by, and CHUNK, those of
-// them whose logits are in registers at a time; UNROLL, how many of these may be interleaved; MASK_BIAS, PAIR_BIAS and GATED,
-// whether there are such; ALIGNED and ALIGNED_BIAS, whether rows of all operands, and of the pair
-// bias, can be copied 16 bytes at a time; SHARED_BYTES, what the host asks for.
+// how many share a head; BLOCK, the rows of a tile that streams by, and CHUNK, those of them whose
+// logits are in registers at a time; UNROLL, how many of these may be interleaved; MASK_BIAS, PAIR_BIAS
+// and GATED, whether there are such; ALIGNED and ALIGNED_BIAS, whether rows of all operands, and of the
+// pair bias, can be copied 16 bytes at a time; BLOCKS, for how many on a multiprocessor registers must
+// do; SHARED_BYTES, what the host asks for.
 
 #pragma once
 
@@ -254,6 +255,12 @@ __device__ inline void write_key(Keys &keys, int j, const KeyStream::Raw &raw) {
 }
 
 // --- Products ------------------------------------------------------------------------------------
+
+// The sum over the four lanes that share a row of an accumulator.
+__device__ inline float over_row(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
 
 // The warp's rows as the left operand of products over channels.
 __device__ inline void load_fragments(Fragments &x, const Row *rows) {

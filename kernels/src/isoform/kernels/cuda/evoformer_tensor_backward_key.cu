@@ -261,9 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float &sum = work.dmask_bias[m][half];
-                sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+                const float sum = over_row(work.dmask_bias[m][half]);
                 const int64 j = own_key + key_of(m, half);
                 if (j < a.K && lane() % 4 == 0)
                     a.mask_bias_parts[((group.b * a.S + group.s) * a.G + group.h) * a.K + j] =

@@ -269,8 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float &sum = delta[m][half];
-                sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+                sum = over_row(sum);
                 if (for_delta > 0 && total[m][half] != 0.0f)
                     sum = pivot[m][half] + sum / total[m][half];
                 const int row = 16 * m + lane() / 4 + 8 * half;

@@ -211,8 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            running.total[m][half] += __shfl_xor_sync(ALL_LANES, running.total[m][half], 1);
-            running.total[m][half] += __shfl_xor_sync(ALL_LANES, running.total[m][half], 2);
+            running.total[m][half] = over_row(running.total[m][half]);
             // Not top: a row of nothing but NaN has no largest logit.
             const bool alive = running.total[m][half] != 0.0f;
             const int64 i = own_query + 16 * m + lane() / 4 + 8 * half;

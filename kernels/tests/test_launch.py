@@ -1,0 +1,73 @@
+"""A pass is prepared once, and launched with the addresses of each call. The GPU is a stand-in."""
+
+import numpy as np
+import pytest
+
+from isoform.kernels import launch
+from isoform.kernels.arguments import ARGUMENTS, View
+from isoform.kernels.launch import Launch, Work, prepared
+from isoform.reference.contract import Shape
+
+SHAPE = Shape(B=1, S=2, Q=3, K=4, H=6, G=2, D=5)
+
+
+class Kernel:
+    """What CuPy would give, which writes down how it is called."""
+
+    def __init__(self):
+        self.max_dynamic_shared_size_bytes = 48 << 10
+        self.calls = []
+        self.kernel = lambda *call: self.calls.append(call)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    kernel = Kernel()
+    module = type("Module", (), {"get_function": lambda self, name: kernel})()
+    monkeypatch.setattr(launch, "load", lambda source, defines: module)
+    monkeypatch.setattr(launch, "toolkit", lambda: None)
+    monkeypatch.setattr(launch, "_stream", lambda pointer: ("stream", pointer))
+    monkeypatch.setattr(launch, "_PREPARED", {})
+    return kernel
+
+
+def test_a_pass_is_asked_once_and_launched_with_the_addresses_of_each_call(kernel):
+    asked = []
+
+    def one(shape, dtype, views):
+        asked.append((shape, dtype, *views))
+        launched = Launch("source", {"D": 5}, "kernel", 7, (32, 2), 64 << 10)
+        return Work((launched,), {"delta": (2, 3)}, {"parts": 9})
+
+    def described():
+        return SHAPE, "float16", {"k": View(0, (1, 2, 3, 4, 5)), "q": View(0, (6, 7, 8, 9, 1))}
+
+    for pointers in ([10, 20, 30], [11, 21, 31]):
+        found = prepared("key", one, described, 0.5)
+        assert found.scratch == {"delta": (2, 3)}
+        found.launch(pointers, 77)
+    assert asked == [(SHAPE, "float16", "k", "q")]
+    assert kernel.max_dynamic_shared_size_bytes == 64 << 10
+
+    for call, pointers in zip(kernel.calls, ([10, 20, 30], [11, 21, 31]), strict=True):
+        blocks, threads, (struct,), shared_bytes, stream = call
+        assert (blocks, threads, shared_bytes) == ((7,), (32, 2), 64 << 10)
+        assert stream == ("stream", 77)
+        packed = np.frombuffer(struct.tobytes(), ARGUMENTS)[0]
+        assert [packed["k"]["data"], packed["q"]["data"], packed["delta"]] == pointers
+        assert packed["q"]["stride"].tolist() == [6, 7, 8, 9, 1]
+        assert (packed["scale"], packed["parts"], packed["H"]) == (0.5, 9, 6)
+        assert packed["v"]["data"] == packed["top"] == 0
+
+
+def test_another_key_is_another_pass(kernel):
+    for number in range(2):
+        prepared(number, lambda *given: Work(()), lambda: (SHAPE, "float16", {}), 1.0)
+    assert len(launch._PREPARED) == 2
+
+
+def test_what_is_kept_does_not_grow_for_ever(kernel, monkeypatch):
+    monkeypatch.setattr(launch, "_MOST", 2)
+    for number in range(5):
+        prepared(number, lambda *given: Work(()), lambda: (SHAPE, "float16", {}), 1.0)
+    assert len(launch._PREPARED) <= 2
