@@ -51,7 +51,11 @@ def main() -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
     with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
         judged = pool.map(judge_case, [asked.implementation] * len(cases), cases)
-        outcomes = [outcome for several in judged for outcome in several]
+        outcomes = []
+        for done, (case, several) in enumerate(zip(cases, judged, strict=True), start=1):
+            outcomes += several
+            failed = sum(outcome.verdict.fails for outcome in several)
+            sys.stderr.write(f"{done}/{len(cases)} {case}: {failed} of {len(several)} fail\n")
     if asked.tag is None:
         outcomes += judge_invalid_calls(implementation, "cuda")
         outcomes += judge_memory(implementation, "cuda")
