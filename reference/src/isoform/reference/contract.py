@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -188,6 +188,7 @@ class Capabilities:
         head_dims: Smallest and largest D.
         head_dim_multiple: D must be a multiple of this.
         min_length: Smallest length, such as Q and K.
+        cross_lengths: Whether K may differ from Q.
         operands: Optional operands that may be present, and features that may be asked for.
         grouped_heads: Whether G < H is supported.
         gradients: Operands that a gradient can be had for.
@@ -204,6 +205,7 @@ class Capabilities:
     head_dims: tuple[int, int] = (1, 256)
     head_dim_multiple: int = 1
     min_length: int = 0
+    cross_lengths: bool = True
     operands: frozenset[str] = frozenset(OPTIONAL_OPERANDS)
     grouped_heads: bool = True
     gradients: frozenset[str] = frozenset(DIFFERENTIABLE)
@@ -214,7 +216,11 @@ class Capabilities:
 
     def unsupported_reasons(self, call: Call) -> tuple[str, ...]:
         """Every reason why ``call`` is not supported; empty when it is."""
-        sizes: Mapping[str, int] = vars(call.shape)
+        sizes: Mapping[str, int] = {
+            # as vars(call.shape), which torch.compile cannot follow
+            axis.name: getattr(call.shape, axis.name)
+            for axis in fields(call.shape)
+        }
         H, D = sizes["H"], sizes["D"]
         lengths = {axis: size for axis, size in sizes.items() if axis in LENGTHS}
         empty = any(size == 0 for axis, size in sizes.items() if axis not in LENGTHS)
@@ -240,6 +246,11 @@ class Capabilities:
                 min(lengths.values()) < self.min_length,
                 f"lengths {', '.join(f'{axis}={size}' for axis, size in lengths.items())} "
                 f"(at least {self.min_length})",
+            ),
+            (
+                len({*lengths.values()}) > 1 and not self.cross_lengths,
+                f"lengths {', '.join(f'{axis}={size}' for axis, size in lengths.items())} "
+                "(equal ones only)",
             ),
             (empty and self.min_length > 0, f"an empty axis in {call.shape}"),
             (
