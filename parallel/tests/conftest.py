@@ -40,6 +40,12 @@ def programs() -> ModuleType:
     return load("parallel_programs")
 
 
+@pytest.fixture(scope="session")
+def axial_programs() -> ModuleType:
+    """Those of the Evoformer."""
+    return load("axial_programs")
+
+
 @pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> tuple[str, int]:
     """A transport and how many ranks."""

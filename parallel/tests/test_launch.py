@@ -36,11 +36,14 @@ def test_the_rank_that_fails_ends_all_and_speaks_first(programs, transport, faul
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_killed_rank_ends_all(programs, transport):
+def test_a_killed_rank_ends_all(programs, transport, tmp_path):
     began = time.monotonic()
     with pytest.raises(LaunchError, match="failed: no result of ranks 0, 1, 2 of 3"):
-        launch(programs.one_is_killed, 3, transport=transport)
+        launch(programs.one_is_killed, 3, str(tmp_path), transport=transport)
     assert time.monotonic() - began < 20
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 3
+    assert not any(map(alive, pids))
 
 
 def alive(pid: int) -> bool:

@@ -1,8 +1,8 @@
-"""What the components of this layer do alike to NumPy arrays and PyTorch tensors.
+"""What the components of this layer do alike to NumPy and CuPy arrays and PyTorch tensors.
 
 Neither sharding nor communication depends on the library: both move numbers and never compute with
-them. The few functions here are where the two libraries spell the same thing differently. PyTorch
-is imported only where a tensor has come in.
+them. The few functions here are where the libraries spell the same thing differently; CuPy mostly
+spells as NumPy does. PyTorch and CuPy are imported only where such an array has come in.
 """
 
 from __future__ import annotations
@@ -23,10 +23,34 @@ def is_tensor(x: Any) -> bool:
     )
 
 
+def is_cupy(x: Any) -> bool:
+    """Whether ``x`` is a CuPy array, found out without importing CuPy."""
+    return type(x).__module__.partition(".")[0] == "cupy"
+
+
 def check_array(name: str, x: Any) -> None:
-    """Raise TypeError unless ``x`` is a NumPy array or a PyTorch tensor."""
-    if not isinstance(x, np.ndarray) and not is_tensor(x):
-        raise TypeError(f"{name} must be a NumPy array or a PyTorch tensor, got {type(x).__name__}")
+    """Raise TypeError unless ``x`` is a NumPy or CuPy array or a PyTorch tensor."""
+    if not isinstance(x, np.ndarray) and not is_tensor(x) and not is_cupy(x):
+        raise TypeError(
+            f"{name} must be a NumPy array, a PyTorch tensor or a CuPy array, "
+            f"got {type(x).__name__}"
+        )
+
+
+def device_of(x: Any) -> str:
+    """The kind of memory that ``x`` lies in: ``"cpu"``, ``"cuda"``, or another of PyTorch's."""
+    if is_tensor(x):
+        return str(x.device.type)
+    return "cuda" if is_cupy(x) else "cpu"
+
+
+def _library(x: Any) -> Any:
+    """NumPy, or CuPy where ``x`` is its array: they have the same functions."""
+    if is_cupy(x):
+        import cupy
+
+        return cupy
+    return np
 
 
 def check_axis(name: str, x: Any, axis: int) -> None:
@@ -41,19 +65,21 @@ def as_like(x: Array, like: Any) -> Any:
         import torch
 
         return torch.from_numpy(x).to(like.device)
-    return x
+    return _library(like).asarray(x)
 
 
 def where(condition: Any, number: float, x: Any) -> Any:
     """``number`` where the condition holds and ``x`` elsewhere, in the dtype of ``x``."""
     if is_tensor(x):
         return x.masked_fill(condition, number)
-    return np.where(condition, x.dtype.type(number), x)
+    return _library(x).where(condition, x.dtype.type(number), x)
 
 
 def take(x: Any, index: Array, axis: int) -> Any:
     """The entries ``index`` of ``x`` along ``axis``, as a copy; differentiable for a tensor."""
-    return x.index_select(axis, as_like(index, x)) if is_tensor(x) else np.take(x, index, axis)
+    if is_tensor(x):
+        return x.index_select(axis, as_like(index, x))
+    return _library(x).take(x, as_like(index, x), axis)
 
 
 def concatenate(pieces: Sequence[Any], axis: int) -> Any:
@@ -62,33 +88,33 @@ def concatenate(pieces: Sequence[Any], axis: int) -> Any:
         import torch
 
         return torch.cat(tuple(pieces), dim=axis)
-    return np.concatenate(pieces, axis=axis)
+    return _library(pieces[0]).concatenate(pieces, axis=axis)
 
 
 def empty(shape: Sequence[int], like: Any) -> Any:
     """A new array of ``shape`` with the dtype, library and device of ``like``, holding anything."""
     if is_tensor(like):
         return like.new_empty(tuple(shape))
-    return np.empty(tuple(shape), like.dtype)
+    return _library(like).empty(tuple(shape), like.dtype)
 
 
 def contiguous(x: Any) -> Any:
     """``x`` itself if its numbers lie one after the other in memory, or a copy where they do."""
-    return x.detach().contiguous() if is_tensor(x) else np.ascontiguousarray(x)
+    return x.detach().contiguous() if is_tensor(x) else _library(x).ascontiguousarray(x)
 
 
-def as_bytes(x: Any) -> Array:
-    """The memory of a contiguous array or CPU tensor as ``uint8 [bytes]``, shared, not copied.
+def as_bytes(x: Any) -> Any:
+    """The memory of a contiguous array or tensor as ``uint8 [bytes]``, shared, not copied.
 
-    Every dtype becomes plain bytes, those too that a transport has no name for, as bfloat16.
+    Of CPU memory it is a NumPy array, of a GPU's one of the library of ``x``. Every dtype becomes
+    plain bytes, those too that a transport has no name for, as bfloat16.
     """
     if is_tensor(x):
         import torch
 
-        if x.device.type != "cpu":
-            raise TypeError(f"a tensor must be in CPU memory to be sent, this one is on {x.device}")
-        return np.asarray(x.detach().reshape(-1).view(torch.uint8).numpy())
-    return np.asarray(x).reshape(-1).view(np.uint8)
+        flat = x.detach().reshape(-1).view(torch.uint8)
+        return np.asarray(flat.numpy()) if x.device.type == "cpu" else flat
+    return _library(x).asarray(x).reshape(-1).view(np.uint8)
 
 
 def is_contiguous(x: Any) -> bool:
@@ -111,4 +137,6 @@ def astype_of(x: Any, like: Any) -> Any:
 
 def zeros(shape: Sequence[int], like: Any) -> Any:
     """A new array of zeros, with the dtype, library and device of ``like``."""
-    return like.new_zeros(tuple(shape)) if is_tensor(like) else np.zeros(tuple(shape), like.dtype)
+    if is_tensor(like):
+        return like.new_zeros(tuple(shape))
+    return _library(like).zeros(tuple(shape), like.dtype)

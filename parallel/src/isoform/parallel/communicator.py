@@ -23,8 +23,9 @@ bit for bit from run to run, and no more bytes are sent than by any other reduce
 *What is sent is counted.* Every rank counts its bytes and messages by operation
 (:class:`Traffic`), so that a strategy's cost can be held to its formula exactly.
 
-Arrays are NumPy arrays or PyTorch tensors in CPU memory, of any dtype; results are of the kind that
-was given.
+Arrays are NumPy arrays or PyTorch tensors, of any dtype; results are of the kind that was given.
+Where the transport moves a GPU's memory (:attr:`Communicator.devices`), tensors may lie there, and
+CuPy arrays.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from isoform.parallel.arrays import (
-    Array,
     as_bytes,
     check_array,
     contiguous,
+    device_of,
     empty,
     is_contiguous,
     widened,
@@ -91,12 +92,13 @@ class Traffic:
 class Parcel(NamedTuple):
     """One message as a transport sees it: sent to rank ``peer`` or wanted from it.
 
-    ``data`` is the memory of the array that is sent or filled, ``uint8 [bytes]``, never empty. What
-    it is says ``label``, in words, as ``"all_gather float32[2, 7]"``: the same on both sides.
+    ``data`` is the memory of the array that is sent or filled, ``uint8 [bytes]``, never empty: a
+    NumPy array, or where that memory is a GPU's a CuPy array or a PyTorch tensor. What it is says
+    ``label``, in words, as ``"all_gather float32[2, 7]"``: the same on both sides.
     """
 
     peer: int
-    data: Array
+    data: Any
     label: str
 
 
@@ -127,7 +129,10 @@ class Communicator(ABC):
         rank: Which rank this is, 0 to P − 1.
         size: P.
         traffic: What this rank has sent, communicators split from this one included.
+        devices: The kinds of memory that arrays may lie in.
     """
+
+    devices: frozenset[str] = frozenset({"cpu"})
 
     def __init__(self, rank: int, size: int, traffic: Traffic | None = None) -> None:
         self.rank = rank
@@ -177,16 +182,19 @@ class Communicator(ABC):
         filled = list(receives)
         outgoing = [self._parcel(to, x, operation, "sent") for to, x in sends]
         incoming = [self._parcel(source, x, operation, "filled") for source, x in filled]
-        outgoing = [parcel for parcel in outgoing if parcel.data.size]
+        outgoing = [parcel for parcel in outgoing if len(parcel.data)]
         for parcel in outgoing:
-            self.traffic.count(operation, parcel.data.size)
-        finish = self._post(outgoing, [parcel for parcel in incoming if parcel.data.size])
+            self.traffic.count(operation, len(parcel.data))
+        finish = self._post(outgoing, [parcel for parcel in incoming if len(parcel.data)])
         return Transfer(finish, [x for _, x in filled])
 
     def _parcel(self, peer: int, x: Any, operation: str, use: str) -> Parcel:
         if not (0 <= peer < self.size and peer != self.rank):
             raise ValueError(f"rank {self.rank} of {self.size} cannot exchange with rank {peer}")
         check_array(f"what is {use}", x)
+        if (device := device_of(x)) not in self.devices:
+            moved = ", ".join(sorted(self.devices))
+            raise TypeError(f"what is {use} must be in memory of {moved}, this is on {device}")
         if use == "sent":
             x = contiguous(x)
         elif not is_contiguous(x):
@@ -209,6 +217,22 @@ class Communicator(ABC):
         Raises:
             ValueError: There are not P parts and P shapes, or the own part has not its shape.
         """
+        return list(self.start_all_to_all(parts, shapes, operation=operation).wait())
+
+    def start_all_to_all(
+        self, parts: Sequence[Any], shapes: Sequence[Shape], *, operation: str = "all_to_all"
+    ) -> Transfer:
+        """Begin an :meth:`all_to_all`; compute something; then wait for what it gives back.
+
+        Args:
+            parts, shapes, operation: As in :meth:`all_to_all`.
+
+        Returns:
+            The transfer under way. Its ``wait`` returns the P arrays.
+
+        Raises:
+            ValueError: As :meth:`all_to_all`.
+        """
         self._check_count("parts", parts)
         self._check_count("shapes", shapes)
         own = tuple(parts[self.rank].shape)
@@ -223,12 +247,16 @@ class Communicator(ABC):
         # To the next rank first, then to the one after it: no rank is everybody's first.
         away = [(self.rank + step) % self.size for step in range(1, self.size)]
         back = [(self.rank - step) % self.size for step in range(1, self.size)]
-        self.exchange(
+        under_way = self.exchange(
             [(to, parts[to]) for to in away],
             [(source, received[source]) for source in back],
             operation=operation,
-        ).wait()
-        return received
+        )
+
+        def finish() -> None:
+            under_way.wait()
+
+        return Transfer(finish, received)
 
     def all_gather(
         self, x: Any, shapes: Sequence[Shape], *, operation: str = "all_gather"

@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TextIO, TypeVar, get_args
 
 from isoform.parallel.communicator import CommunicationError, Communicator
 
@@ -43,6 +43,9 @@ MARGIN = 0.5
 POLL = 0.01
 """Seconds between two looks at the ranks."""
 
+_said: TextIO = sys.stderr
+"""In a rank: where it writes what went wrong."""
+
 
 class LaunchError(CommunicationError):
     """A rank failed, or time was up.
@@ -56,6 +59,41 @@ class LaunchError(CommunicationError):
         self.tracebacks = dict(tracebacks)
         shown = [f"--- rank {r} of {ranks} ---\n{text}" for r, text in tracebacks.items()]
         super().__init__("\n".join([message, *shown]))
+
+
+class Named(NamedTuple):
+    """A function by where it is, so that another process finds it."""
+
+    module: str
+    file: str | None
+    name: str
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Named:
+        """Raise TypeError unless the function is at the top level of a module."""
+        if "<" in function.__qualname__:
+            raise TypeError(f"{function.__qualname__} is not at the top level of a module")
+        module = function.__module__
+        return cls(module, sys.modules[module].__file__, function.__qualname__)
+
+    def find(self) -> Callable[..., Any]:
+        """The function."""
+        found: Callable[..., Any] = getattr(self._module(), self.name)
+        return found
+
+    def _module(self) -> Any:
+        """Its module: by the module's name where that leads to the same file, else by the file."""
+        with contextlib.suppress(ImportError):
+            found = importlib.import_module(self.module)
+            if found.__file__ == self.file:
+                return found
+        spec = self.file and importlib.util.spec_from_file_location(self.module, self.file)
+        if not spec or spec.loader is None:
+            raise ImportError(f"{self.file} is no module")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[self.module] = module
+        spec.loader.exec_module(module)
+        return module
 
 
 def launch(
@@ -92,15 +130,11 @@ def launch(
         raise ValueError(f"ranks must be at least 1, got {ranks}")
     if transport not in get_args(Transport):
         raise ValueError(f"transport must be one of {', '.join(get_args(Transport))}")
-    if "<" in function.__qualname__:
-        raise TypeError(f"{function.__qualname__} is not at the top level of a module")
-
+    named = Named.of(function)
     with tempfile.TemporaryDirectory(prefix="isoform-") as name:
         folder = Path(name)
-        found = (function.__module__, sys.modules[function.__module__].__file__)
         deadline = time.time() + limit  # by the clock that all processes share
-        job = (transport, deadline, *found, function.__qualname__)
-        (folder / "job").write_bytes(pickle.dumps(job))
+        (folder / "job").write_bytes(pickle.dumps((transport, deadline, named)))
         (folder / "arguments").write_bytes(pickle.dumps((args, kwargs)))
         status = _run(_commands(transport, ranks, folder), folder, limit, threads)
         return _results(folder, ranks, status, limit)
@@ -196,17 +230,34 @@ def _results(folder: Path, ranks: int, status: str, limit: float) -> list[Any]:
 # --- in a rank ---
 
 
+@contextlib.contextmanager
+def ends_job_after(seconds: float) -> Iterator[None]:
+    """What takes longer within ends this rank, and with it the job; it says where it was.
+
+    However it hangs: in a call of MPI, or holding Python's lock.
+    """
+    faulthandler.dump_traceback_later(seconds, file=_said)
+    before = signal.alarm(math.ceil(seconds + MARGIN))  # in time for all ranks to have spoken
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.alarm(before)
+
+
 def _main(folder: Path) -> None:
-    transport, deadline, *found, name = pickle.loads((folder / "job").read_bytes())
+    global _said
+    transport, deadline, named = pickle.loads((folder / "job").read_bytes())
     # Should nobody be there any more to end this:
     signal.alarm(max(1, math.ceil(deadline - time.time() + 2 * GRACE)))
     comm, ours = _communicators(transport, folder)
     with (folder / f"error-{comm.rank}").open("w") as errors:
+        _said = errors
         # Shortly before the limit every rank writes down where it is.
         left = deadline - MARGIN - time.time()
         faulthandler.dump_traceback_later(max(left, POLL), file=errors)
         try:
-            function = getattr(_module(*found), name)
+            function = named.find()
             # Only now, since they may be of classes that the module defines.
             args, kwargs = pickle.loads((folder / "arguments").read_bytes())
             result = function(comm, *args, **kwargs)
@@ -235,20 +286,7 @@ def _communicators(transport: Transport, folder: Path) -> tuple[Communicator, Co
     return TorchCommunicator(), TorchCommunicator(load().new_group())
 
 
-def _module(name: str, file: str) -> Any:
-    """The function's module: by its name where that leads to the same file, else by the file."""
-    with contextlib.suppress(ImportError):
-        found = importlib.import_module(name)
-        if found.__file__ == file:
-            return found
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no module")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    from isoform.parallel.launch import _main as main  # of the module that others import
+
+    main(Path(sys.argv[1]))

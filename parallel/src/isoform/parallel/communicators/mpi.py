@@ -11,6 +11,10 @@ protects a program that is started so.
 ``pip install "isoform[mpi]"`` brings mpi4py and MPICH, which is enough on one machine. On a cluster
 install mpi4py against the cluster's own MPI.
 
+Arrays may lie in the memory of a GPU. They go by way of page-locked memory of the host, unless the
+user says that the MPI library reads a GPU's memory itself: ``MPICommunicator(cuda_aware=True)``.
+One that does not ends the program when it is given such memory, and there is no way to ask it.
+
 Whether messages move while a rank computes is up to the library. MPICH moves large ones only during
 its calls, unless ``MPIR_CVAR_ASYNC_PROGRESS=1`` is set, which gives it a thread of its own.
 """
@@ -18,11 +22,15 @@ its calls, unless ``MPIR_CVAR_ASYNC_PROGRESS=1`` is set, which gives it a thread
 from __future__ import annotations
 
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from isoform.parallel.arrays import Array
+import numpy as np
+
+from isoform.parallel import device
 from isoform.parallel.communicator import (
     CommunicationError,
     Communicator,
@@ -36,6 +44,10 @@ LARGE_COUNTS_SINCE = (4, 0)
 
 SMALL_COUNT = 2**30
 """Bytes in one message at most, where the library is older than that; more goes in pieces."""
+
+
+PASSED_ON = 0.2
+"""Seconds in which mpiexec passes on what a rank has written, before it ends all of them."""
 
 
 def load() -> Any:
@@ -67,13 +79,19 @@ class MPICommunicator(Communicator):
         comm: An ``mpi4py.MPI.Intracomm``; all ranks of the job by default. It is duplicated so that
             our messages cannot meet others, which is collective.
         traffic: What to count into; a new count by default.
+        cuda_aware: Whether the MPI library takes memory of a GPU as it is.
 
     Raises:
         ImportError: mpi4py or an MPI library is missing.
     """
 
-    def __init__(self, comm: Any = None, traffic: Traffic | None = None) -> None:
+    devices = frozenset({"cpu", "cuda"})
+
+    def __init__(
+        self, comm: Any = None, traffic: Traffic | None = None, *, cuda_aware: bool = False
+    ) -> None:
         mpi = load()
+        self._cuda_aware = cuda_aware
         self._mpi = mpi
         self._comm = (mpi.COMM_WORLD if comm is None else comm).Dup()
         self._comm.Set_errhandler(mpi.ERRORS_RETURN)  # mpi4py raises what is returned
@@ -82,8 +100,13 @@ class MPICommunicator(Communicator):
 
     def _post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Callable[[], None]:
         mpi, comm = self._mpi, self._comm
-        incoming = [(one, piece) for one in receives for piece in self._pieces(one.data)]
-        outgoing = [(one, piece) for one in sends for piece in self._pieces(one.data)]
+        landed = [self._landing(one.data) for one in receives]
+        incoming = [
+            (one, piece)
+            for one, data in zip(receives, landed, strict=True)
+            for piece in self._pieces(data)
+        ]
+        outgoing = [(one, piece) for one in sends for piece in self._pieces(self._ready(one.data))]
         # Receives first: a message that finds its receive posted is not copied on the way.
         requests = [comm.Irecv([piece, mpi.BYTE], source=one.peer) for one, piece in incoming]
         requests += [comm.Isend([piece, mpi.BYTE], dest=one.peer) for one, piece in outgoing]
@@ -95,22 +118,43 @@ class MPICommunicator(Communicator):
             except mpi.Exception as error:
                 raise self._failed(error, statuses, incoming) from error
             for (one, piece), status in zip(incoming, statuses[: len(incoming)], strict=True):
-                if (got := status.Get_count(mpi.BYTE)) != piece.size:
+                if (got := status.Get_count(mpi.BYTE)) != len(piece):
                     raise MismatchError(self._unequal(one, piece, f"sent {got}"))
+            for one, data in zip(receives, landed, strict=True):
+                if data is not one.data:
+                    device.copy_in(data, one.data)
 
         return finish
 
-    def _pieces(self, data: Array) -> list[Array]:
-        return [data[at : at + self._largest] for at in range(0, data.size, self._largest)]
+    def _ready(self, data: Any) -> Any:
+        """What MPI can send: ``data``, computed, or a copy that the library can read."""
+        if isinstance(data, np.ndarray):
+            return data
+        if not self._cuda_aware:
+            return device.copied_out(data)
+        device.finish(data)  # MPI knows nothing of streams
+        return data
 
-    def _unequal(self, wanted: Parcel, piece: Array, sent: str) -> str:
+    def _landing(self, data: Any) -> Any:
+        """Where MPI can put what is for ``data``."""
+        if isinstance(data, np.ndarray):
+            return data
+        if not self._cuda_aware:
+            return device.pinned(len(data), data)
+        device.finish(data)  # nothing queued earlier may write there later
+        return data
+
+    def _pieces(self, data: Any) -> list[Any]:
+        return [data[at : at + self._largest] for at in range(0, len(data), self._largest)]
+
+    def _unequal(self, wanted: Parcel, piece: Any, sent: str) -> str:
         return (
-            f"rank {self.rank} wants {wanted.label} from rank {wanted.peer}, {piece.size} bytes, "
+            f"rank {self.rank} wants {wanted.label} from rank {wanted.peer}, {len(piece)} bytes, "
             f"but it {sent}"
         )
 
     def _failed(
-        self, error: Any, statuses: Sequence[Any], incoming: Sequence[tuple[Parcel, Array]]
+        self, error: Any, statuses: Sequence[Any], incoming: Sequence[tuple[Parcel, Any]]
     ) -> CommunicationError:
         """What MPI's error means: a message longer than wanted, or something else of MPI's."""
         for (one, piece), status in zip(incoming, statuses, strict=False):
@@ -122,7 +166,7 @@ class MPICommunicator(Communicator):
     def _subgroup(self, groups: Sequence[Sequence[int]], mine: int) -> Communicator:
         part = self._comm.Split(mine, groups[mine].index(self.rank))
         try:
-            return MPICommunicator(part, self.traffic)
+            return MPICommunicator(part, self.traffic, cuda_aware=self._cuda_aware)
         finally:
             part.Free()
 
@@ -140,8 +184,9 @@ def end_job_on_error() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         error.add_note(f"on rank {mpi.COMM_WORLD.rank} of {mpi.COMM_WORLD.size}: the job ends here")
-        sys.__excepthook__(kind, error, trace)
+        sys.stderr.write("".join(traceback.format_exception(kind, error, trace)))
         sys.stderr.flush()
+        time.sleep(PASSED_ON)
         mpi.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook

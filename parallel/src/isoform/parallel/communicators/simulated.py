@@ -187,7 +187,9 @@ class _World:
 
 
 class SimulatedCommunicator(Communicator):
-    """A rank of :func:`simulate`, which makes them."""
+    """A rank of :func:`simulate`, which makes them. Ranks may share a GPU."""
+
+    devices = frozenset({"cpu", "cuda"})
 
     def __init__(
         self,

@@ -1,13 +1,16 @@
 """Ranks of ``torch.distributed``, which training frameworks already run.
 
 The process group must be there (``torch.distributed.init_process_group``), with a backend for CPU
-memory: gloo. Point-to-point messages are all that is asked of it, and all of them are bytes.
+memory, gloo, and where arrays lie on GPUs NCCL beside it: ``"cpu:gloo,cuda:nccl"``, which is
+PyTorch's default. Point-to-point messages are all that is asked of it, and all of them are bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from isoform.parallel.communicator import Communicator, Parcel, Traffic
 from isoform.reference.contract import Unsupported
@@ -60,22 +63,32 @@ class TorchCommunicator(Communicator):
         backend = dist.get_backend_config(self._group)
         if "cpu:" not in str(backend):
             raise Unsupported([f"backend {backend} (one for CPU memory only, as gloo)"], "torch")
+        if "cuda:nccl" in str(backend):
+            self.devices = frozenset({"cpu", "cuda"})
         size = dist.get_world_size(self._group)
         self._order = list(range(size) if order is None else order)
         super().__init__(self._order.index(rank), size, traffic)
 
     def _post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Callable[[], None]:
         import torch
+        from torch.utils.dlpack import from_dlpack
 
         def operation(call: Any, parcel: Parcel) -> Any:
-            data = torch.from_numpy(parcel.data)
+            given = parcel.data
+            host = isinstance(given, np.ndarray)
+            data = torch.from_numpy(given) if host else from_dlpack(given)
             return self._dist.P2POp(
                 call, data, group=self._group, group_peer=self._order[parcel.peer]
             )
 
         operations = [operation(self._dist.irecv, parcel) for parcel in receives]
         operations += [operation(self._dist.isend, parcel) for parcel in sends]
-        works = self._dist.batch_isend_irecv(operations) if operations else []
+        works = [
+            work
+            for on_host in (True, False)  # each is another backend's
+            if (some := [one for one in operations if (not one.tensor.is_cuda) == on_host])
+            for work in self._dist.batch_isend_irecv(some)
+        ]
 
         def finish() -> None:
             for work in works:
