@@ -268,6 +268,48 @@ def test_gradients_reach_every_parameter(extra_msa: bool) -> None:
         assert (leaf.grad.abs().max() < 1e-10) == name.endswith("norm_pair.bias"), name
 
 
+@pytest.mark.parametrize("extra_msa", [False, True])
+def test_gradients_are_those_of_finite_differences(extra_msa: bool) -> None:
+    """Of both outputs of a block, by both inputs and by every parameter."""
+    block = randomised(EvoformerBlock(C_M, C_Z, **small(extra_msa=extra_msa)))
+    names = [name for name, _ in block.named_parameters()]
+
+    def call(msa: Tensor, pair: Tensor, *parameters: Tensor) -> Any:
+        replaced = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(block, replaced, (msa, pair, ROWS, PAIRS))
+
+    leaves = [normal(B, S, R, C_M), normal(B, R, R, C_Z), *block.parameters()]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("extra_msa", [False, True])
+def test_sequences_after_the_first_have_no_order(extra_msa: bool) -> None:
+    stack = randomised(EvoformerStack(2, C_M, C_Z, C_S, **small(extra_msa=extra_msa)))
+    msa, pair = normal(B, S, R, C_M), normal(B, R, R, C_Z)
+    order = [0, 2, 1]
+    right = stack(msa, pair, ROWS, PAIRS)
+    moved = stack(msa[:, order], pair, ROWS[:, order], PAIRS)
+    for actual, expected in zip(moved, (right[0][:, order], *right[1:]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("extra_msa", [False, True])
+def test_residues_are_known_by_their_features_alone(extra_msa: bool) -> None:
+    """Another order of residues, in the MSA and on both axes of the pairs, is followed by all."""
+    stack = randomised(EvoformerStack(2, C_M, C_Z, C_S, **small(extra_msa=extra_msa)))
+    msa, pair = normal(B, S, R, C_M), normal(B, R, R, C_Z)
+    order = [3, 0, 4, 1, 2]
+
+    def both(x: Tensor) -> Tensor:
+        return x[:, order][:, :, order]
+
+    m, z, s = stack(msa, pair, ROWS, PAIRS)
+    moved = stack(msa[:, :, order], both(pair), ROWS[:, :, order], both(PAIRS))
+    for actual, expected in zip(moved, (m[:, :, order], both(z), s[:, order]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_a_fresh_stack_tells_wrong_attention_from_right() -> None:
     """What the demo relies on: with PyTorch's initialisation each operand matters to the output."""
 
