@@ -32,26 +32,32 @@ def traffic_of(comm: Communicator) -> dict[str, tuple[int, int]]:
     return {name: (n, traffic.messages_by[name]) for name, n in sorted(traffic.bytes_by.items())}
 
 
-def primitives(comm: Communicator, dtype: Any) -> dict[str, Any]:
-    """Every operation once, with ragged shapes."""
+def as_it_is(x: Any) -> Any:
+    return x
+
+
+def primitives(
+    comm: Communicator, dtype: Any, put: Any = as_it_is, get: Any = as_it_is
+) -> dict[str, Any]:
+    """Every operation once, with ragged shapes; ``put`` and ``get`` go to a device and back."""
     P, r = comm.size, comm.rank
-    parts = [numbers(r, to, shape_of(r, to), dtype) for to in range(P)]
+    parts = [put(numbers(r, to, shape_of(r, to), dtype)) for to in range(P)]
     received = comm.all_to_all(parts, [shape_of(source, r) for source in range(P)])
-    gathered = comm.all_gather(numbers(r, r, (r, 2), dtype), [(s, 2) for s in range(P)])
-    summed = comm.reduce_scatter([numbers(r, to, (to + 1, 2), dtype) for to in range(P)])
+    gathered = comm.all_gather(put(numbers(r, r, (r, 2), dtype)), [(s, 2) for s in range(P)])
+    summed = comm.reduce_scatter([put(numbers(r, to, (to + 1, 2), dtype)) for to in range(P)])
     after, before = (r + 1) % P, (r - 1) % P
-    passed = np.empty((2, 5), dtype)
+    passed = put(np.zeros((2, 5), dtype))
     if P > 1:
-        transfer = comm.exchange([(after, numbers(r, 0, (2, 5), dtype))], [(before, passed)])
+        transfer = comm.exchange([(after, put(numbers(r, 0, (2, 5), dtype)))], [(before, passed)])
         transfer.wait()
         transfer.wait()
     comm.barrier()
     comm.agree(length=7, dtype=str(dtype))
     return {
-        "received": received,
-        "gathered": gathered,
-        "summed": summed,
-        "passed": passed,
+        "received": [get(x) for x in received],
+        "gathered": [get(x) for x in gathered],
+        "summed": get(summed),
+        "passed": get(passed),
         "traffic": traffic_of(comm),
     }
 
@@ -161,7 +167,10 @@ def one_exits(comm: Communicator) -> None:
     comm.barrier()
 
 
-def one_is_killed(comm: Communicator) -> None:
+def one_is_killed(comm: Communicator, pids: str = "") -> None:
+    if pids:
+        Path(pids, str(os.getpid())).touch()
+        comm.barrier()
     if comm.rank == comm.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     comm.barrier()
@@ -244,6 +253,7 @@ class Case:
     segments_by_example: bool = False
     library: str = "numpy"
     seed: int = 0
+    topology: Any = None
 
     def sharding(self, P: int) -> Sharding:
         return Sharding(self.kind, self.L, P, self.block)
@@ -296,6 +306,7 @@ def attend(comm: Communicator, case: Case) -> dict[str, Any]:
         "sharding": sharding,
         "strategy": case.strategy,
         "near": case.near,
+        "topology": case.topology,
     }
     comm.traffic.clear()
     if case.library == "torch":
@@ -324,10 +335,61 @@ def attend_all(comm: Communicator, cases: list[Case]) -> list[dict[str, Any]]:
     return [attend(comm, case) for case in cases]
 
 
+def held_at_most(comm: Communicator, cases: list[Case]) -> list[tuple[int, int]]:
+    """The most memory that this rank holds in the forward, and in the backward, of each case."""
+    import gc
+    import tracemalloc
+
+    from isoform.parallel.attention import attention_vjp
+
+    def measure(case: Case) -> tuple[int, int]:
+        gc.collect()
+        tracemalloc.start()
+        sharding = case.sharding(comm.size)
+        held, dtype = sharding.lengths[comm.rank], case.dtype
+        q, dout = (np.ones((case.B, held, case.H, case.D), dtype) for _ in range(2))
+        k, v = (np.ones((case.B, held, case.G, case.D), dtype) for _ in range(2))
+        options = {"strategy": case.strategy, "near": case.near, **case.options}
+        out, backward = attention_vjp(q, k, v, comm=comm, sharding=sharding, **options)
+        forward = tracemalloc.get_traced_memory()[1] - dout.nbytes  # which is there too early
+        tracemalloc.reset_peak()
+        backward(dout)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return forward, most
+
+    for case in cases:  # imports, and groups of ranks, which are kept
+        measure(replace(case, L=comm.size))
+    return [measure(case) for case in cases]
+
+
 def attend_twice(comm: Communicator, case: Case) -> bool:
     """Whether a second call, and a second backward, give the same bits."""
     first, second = attend(comm, case), attend(comm, case)
     return all(np.array_equal(first[name], second[name]) for name in ("out", "dq", "dk", "dv"))
+
+
+def own_rank(comm: Communicator, x: Any) -> tuple[int, int, Any]:
+    """Who answers: which rank, and which process."""
+    return comm.rank, os.getpid(), x
+
+
+def attend_at(comm: Communicator, case: Case, positions: Any) -> Any:
+    """Attention where the tokens are said to lie at other positions than the sharding's."""
+    from isoform.parallel.attention import attention_vjp
+
+    sharding = case.sharding(comm.size)
+    own = {name: sharding.shard(x, comm.rank) for name, x in case.operands().items()}
+    out, backward = attention_vjp(
+        *(own[name] for name in "qkv"),
+        comm=comm,
+        sharding=sharding,
+        strategy=case.strategy,
+        near=case.near,
+        positions=sharding.shard(positions, comm.rank, axis=-1),
+        **case.options,
+    )
+    return out, *backward(own["dout"])
 
 
 def wrong_on_one(comm: Communicator, case: Case, change: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import weakref
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from isoform.parallel.communicator import CommunicationError, Communicator, Mism
 from isoform.parallel.communicators.simulated import simulate
 from isoform.parallel.launch import launch
 from isoform.parallel.sharding import Sharding
-from isoform.parallel.traffic import Sizes, bytes_sent, choose_strategy
+from isoform.parallel.traffic import Sizes, overhead, pattern, sent_by
 from isoform.reference.contract import Unsupported
 from isoform.reference.numpy.attention import attention as one_rank
 from isoform.reference.numpy.attention import attention_backward as one_rank_backward
@@ -70,15 +69,21 @@ def check(case: Any, results: list[dict[str, Any]]) -> None:
     if case.strategy == "auto":
         return
     itemsize = {"float64": 8, "float32": 4}.get(case.dtype, 2)
-    sizes = Sizes(case.B, case.H, case.G, case.D, itemsize)
-    uncounted = ("agree", "segments", "split")
+    sizes, P = Sizes(case.B, case.H, case.G, case.D, itemsize), len(results)
+    forward, backward = pattern(case.strategy, case.sharding(P), sizes, near=case.near)
+    forward += overhead(case.sharding(P), places=places(case))
     for rank, result in enumerate(results):
-        P = len(results)
-        forward, backward = bytes_sent(case.strategy, case.sharding(P), sizes, rank, near=case.near)
-        both = {name: forward.get(name, 0) + backward.get(name, 0) for name in backward}
-        for formula, counted in ((forward, result["forward"]), (both, result["both"])):
-            sent = {name: n for name, (n, _) in counted.items() if name not in uncounted}
-            assert sent == {name: n for name, n in formula.items() if n}, (case, rank)
+        for formula, counted in ((forward, "forward"), (forward + backward, "both")):
+            by_name = sent_by(formula, rank, P)
+            expected = {name: (n, by_name[1][name]) for name, n in by_name[0].items()}
+            found = {name: n for name, n in result[counted].items() if name != "split"}  # once
+            assert expected == found, (case, rank)
+
+
+def places(case: Any) -> dict[str, tuple[int, int]]:
+    """Rows and bytes of what a case says of where its tokens lie."""
+    found = case.segments
+    return {} if found is None else {"segments": (found[..., :1].size, found.itemsize)}
 
 
 def cases(programs: Any, P: int) -> list[Any]:
@@ -165,6 +170,26 @@ def test_any_case(programs, data):
     check(case, simulate(programs.attend, P, case))
 
 
+@pytest.mark.parametrize("way", ways(4), ids=str)
+@pytest.mark.parametrize("by_example", [False, True])
+def test_positions_other_than_the_shardings(programs, way, by_example):
+    """As of documents that count from 0 each, or of tokens in no order."""
+    case = programs.Case(**way, L=22, H=6, window=(9, 0))
+    rng = np.random.default_rng(3)
+    rows = np.stack([rng.permutation(40)[:22], np.arange(22) % 11])
+    positions = rows if by_example else rows[0]
+    sharding = case.sharding(4)
+    shards = simulate(programs.attend_at, 4, case, positions)
+    x = case.operands()
+    options = {**case.options, "positions": positions}
+    right = (
+        one_rank(x["q"], x["k"], x["v"], **options),
+        *one_rank_backward(x["dout"], x["q"], x["k"], x["v"], **options),
+    )
+    for found, expected_one in zip(zip(*shards, strict=True), right, strict=True):
+        np.testing.assert_allclose(sharding.unshard(found), expected_one, atol=1e-13)
+
+
 # --- dtypes and libraries ---
 
 
@@ -234,27 +259,6 @@ def test_a_larger_case_sends_what_is_predicted(programs):
     for way in ways(8):
         case = programs.Case(**way, dtype="bfloat16", L=67, H=12, G=3, D=8)
         check(case, simulate(programs.attend, 8, case))
-
-
-def test_auto_takes_what_sends_least_and_says_so(programs, caplog):
-    caplog.set_level(logging.INFO, "isoform.parallel")
-    case = programs.Case(strategy="auto", H=8, G=8, L=32)
-    check(case, simulate(programs.attend, 4, case))
-    choice = choose_strategy(case.sharding(4), Sizes(case.B, 8, 8, case.D, 8))
-    assert choice.strategy == "ulysses"
-    assert caplog.messages == [str(choice)]
-    assert str(choice).startswith("ulysses: a rank sends at most (bytes) ulysses ")
-
-
-def test_what_auto_weighs():
-    def chosen(P: int, H: int, G: int) -> tuple[str, int | None]:
-        choice = choose_strategy(Sharding.zigzag(4096, P), Sizes(1, H, G, 64, 2))
-        assert choice.bytes[str(choice).partition(":")[0]] == min(choice.bytes.values())
-        return choice.strategy, choice.near
-
-    assert chosen(8, 32, 32) == ("ulysses", None)
-    assert chosen(64, 8, 8)[0] == "hybrid"  # fewer heads than ranks
-    assert chosen(8, 1, 1) == ("ring", None)  # a tie with all_gather, which needs more memory
 
 
 # --- faults: each is seen ---
@@ -451,7 +455,7 @@ def test_what_is_no_array_of_one_library_is_refused():
 
     with pytest.raises(TypeError, match="k must be of the library of q, got Tensor"):
         call(x, torch.from_numpy(x), x)
-    with pytest.raises(Unsupported, match=r"device meta \(cpu only\)"):
+    with pytest.raises(Unsupported, match=r"device meta \(cpu, cuda only\)"):
         call(elsewhere, elsewhere, elsewhere)
 
 

@@ -11,20 +11,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, cast, get_args
 
 from isoform.parallel import all_gather, hybrid, ring
-from isoform.parallel.arrays import astype_of, check_array, is_tensor
+from isoform.parallel.arrays import (
+    Array,
+    astype_of,
+    check_array,
+    device_of,
+    is_cupy,
+    is_tensor,
+)
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.local import Gradients, Mask
+from isoform.parallel.planner import Attended, Plan, Sizes, Topology, plan
 from isoform.parallel.sharding import Sharding
-from isoform.parallel.traffic import Sizes, choose_strategy
 from isoform.reference.attention_contract import attention_call, resolve_window
 from isoform.reference.contract import Unsupported, dtype_name
 
 Strategy = Literal["auto", "ring", "ulysses", "all_gather", "hybrid"]
 Backward = Callable[[Any], Gradients]
+
+PLACES = ("positions", "segments")
+"""What a call may say of where its tokens lie; every rank must know it of all."""
 
 LOG = logging.getLogger("isoform.parallel")
 
@@ -38,7 +48,9 @@ def attention(
     sharding: Sharding,
     strategy: Strategy = "auto",
     near: int | None = None,
+    topology: Topology | None = None,
     causal: bool = False,
+    positions: Any = None,
     segments: Any = None,
     window: int | tuple[int, int] | None = None,
     scale: float | None = None,
@@ -48,17 +60,19 @@ def attention(
     Collective: all ranks call it, with the same options and dtypes, each with its own shards.
 
     Args:
-        q: This rank's queries ``[B, L_r, H, D]``: NumPy arrays, or PyTorch tensors in CPU memory
-            (then differentiable), in any float dtype.
+        q: This rank's queries ``[B, L_r, H, D]``: NumPy arrays, or PyTorch tensors (then
+            differentiable) in memory that ``comm`` moves, in any float dtype.
         k: Its keys ``[B, L_r, G, D]``; G divides H.
         v: Its values ``[B, L_r, G, D]``.
         comm: The ranks.
         sharding: Which positions each rank has.
         strategy: ``"ring"``, ``"ulysses"``, ``"all_gather"`` or ``"hybrid"``; ``"auto"`` takes the
-            one whose busiest rank sends least (:func:`isoform.parallel.traffic.choose_strategy`)
-            and logs which, and why.
+            one that :func:`explain` finds best, and logs which, and why.
         near: For the hybrid alone: ranks in a group that exchange heads; divides P.
+        topology: For ``"auto"``: with one, the shortest time counts, else the fewest bytes.
         causal: No query attends to a later position.
+        positions: This rank's shard of the positions, int32 or int64 ``[L_r]`` or ``[B, L_r]``,
+            where they are not those of the sharding: for packed documents that count from 0 each.
         segments: This rank's shard of the segment ids, int32 or int64 ``[L_r]`` or ``[B, L_r]``:
             attention stays within a segment, and a negative one is padding.
         window: ``(left, right)``: how many positions before and after its own a query looks, −1
@@ -71,13 +85,15 @@ def attention(
     Raises:
         TypeError: An operand has the wrong dtype.
         ValueError: A shape, option or strategy is wrong; the message names it.
-        Unsupported: Tensors are not in CPU memory.
+        Unsupported: Operands lie in memory that ``comm`` does not move, or are CuPy's.
         MismatchError: Ranks have come with different calls; raised on all of them.
 
     Source:
         The strategies' modules name theirs.
     """
-    asked = _Asked(comm, sharding, strategy, near, causal, segments, window, scale)
+    asked = _Asked(
+        comm, sharding, strategy, near, topology, causal, positions, segments, window, scale
+    )
     if any(is_tensor(x) and x.requires_grad for x in (q, k, v)):
         from isoform.parallel.torch_function import apply
 
@@ -94,7 +110,9 @@ def attention_vjp(
     sharding: Sharding,
     strategy: Strategy = "auto",
     near: int | None = None,
+    topology: Topology | None = None,
     causal: bool = False,
+    positions: Any = None,
     segments: Any = None,
     window: int | tuple[int, int] | None = None,
     scale: float | None = None,
@@ -102,8 +120,8 @@ def attention_vjp(
     """:func:`attention`, and the function that takes its gradient back (a vector-Jacobian product).
 
     Args:
-        q, k, v, comm, sharding, strategy, near, causal, segments, window, scale: As in
-            :func:`attention`.
+        q, k, v, comm, sharding, strategy, near, topology: As in :func:`attention`.
+        causal, positions, segments, window, scale: As in :func:`attention`.
 
     Returns:
         ``out``, and a function of ``dout`` (the gradient of the loss by ``out``, in its shape and
@@ -113,9 +131,49 @@ def attention_vjp(
     Raises:
         As :func:`attention`.
     """
-    return _vjp(
-        q, k, v, _Asked(comm, sharding, strategy, near, causal, segments, window, scale, True)
-    )
+    way = (comm, sharding, strategy, near, topology)
+    options = (causal, positions, segments, window, scale)
+    return _vjp(q, k, v, _Asked(*way, *options, differentiated=True))
+
+
+def explain(
+    q: Any,
+    k: Any,
+    *,
+    sharding: Sharding,
+    topology: Topology | None = None,
+    causal: bool = False,
+    window: int | tuple[int, int] | None = None,
+) -> Plan:
+    """What ``strategy="auto"`` makes of a call, and why. Not collective.
+
+    Without a topology the strategy is best whose busiest rank sends fewest bytes, forward and
+    backward together; with one, that which takes least time. It follows from sizes alone, so all
+    ranks find the same.
+
+    Args:
+        q: This rank's queries ``[B, L_r, H, D]``.
+        k: Its keys ``[B, L_r, G, D]``.
+        sharding, topology, causal, window: As in :func:`attention`.
+
+    Returns:
+        Every candidate with its figures, and those that are declined with the reasons. ``str`` of
+        it is the line that is logged.
+
+    Raises:
+        ValueError: The topology does not join so many ranks, or does not know q's dtype.
+    """
+    B, _, H, D = q.shape
+    sizes = Sizes(B, H, k.shape[2], D, q.dtype.itemsize)
+    sides = resolve_window(window, causal)
+    return _planned(sharding, sizes, dtype_name(q), Attended(causal, sides), topology)
+
+
+@lru_cache(maxsize=256)  # a training step makes many calls of few shapes
+def _planned(
+    sharding: Sharding, sizes: Sizes, dtype: str, attended: Attended, topology: Topology | None
+) -> Plan:
+    return plan([sharding], sizes, dtype=dtype, attended=attended, topology=topology)
 
 
 @dataclass(frozen=True)
@@ -126,21 +184,40 @@ class _Asked:
     sharding: Sharding
     strategy: Strategy
     near: int | None
+    topology: Topology | None
     causal: bool
+    positions: Any
     segments: Any
     window: int | tuple[int, int] | None
     scale: float | None
     differentiated: bool = False
 
+    def plan(self, q: Any, k: Any) -> Plan:
+        """What there is to choose from."""
+        return explain(
+            q,
+            k,
+            sharding=self.sharding,
+            topology=self.topology,
+            causal=self.causal,
+            window=self.window,
+        )
+
     @property
     def mask(self) -> Mask:
-        """Who attends to whom. Collective: masks are computed from all ranks' segments."""
-        segments = None
-        if (own := self.segments) is not None:
-            own = own.detach().cpu().numpy() if is_tensor(own) else own
-            shapes = [(*own.shape[:-1], length) for length in self.sharding.lengths]
-            segments = tuple(self.comm.all_gather(own, shapes, operation="segments"))
-        return Mask(self.sharding, segments, self.causal, self.window, self.scale)
+        """Who attends to whom. Collective: masks are computed from all ranks' places."""
+        places = {name: self._of_all_ranks(name) for name in PLACES}
+        return Mask(
+            self.sharding, **places, causal=self.causal, window=self.window, scale=self.scale
+        )
+
+    def _of_all_ranks(self, name: str) -> tuple[Array, ...] | None:
+        """Everybody's positions or segments, where they are given."""
+        if (own := getattr(self, name)) is None:
+            return None
+        own = own.detach().cpu().numpy() if is_tensor(own) else own
+        shapes = [(*own.shape[:-1], length) for length in self.sharding.lengths]
+        return tuple(self.comm.all_gather(own, shapes, operation=name))
 
     @property
     def way(self) -> tuple[Callable[..., tuple[Any, Any]], Callable[..., Gradients]]:
@@ -157,12 +234,10 @@ class _Asked:
 def _vjp(q: Any, k: Any, v: Any, asked: _Asked) -> tuple[Any, Backward]:
     _check_on_all_ranks(q, k, v, asked)
     if asked.strategy == "auto":
-        B, _, H, D = q.shape
-        sizes = Sizes(B, H, k.shape[2], D, q.dtype.itemsize)
-        choice = choose_strategy(asked.sharding, sizes)
+        found = asked.plan(q, k)
         if asked.comm.rank == 0:
-            LOG.info("%s", choice)
-        asked = replace(asked, strategy=cast(Strategy, choice.strategy), near=choice.near)
+            LOG.info("%s", found)
+        asked = replace(asked, strategy=cast(Strategy, found.best.strategy), near=found.best.near)
     comm, mask = asked.comm, asked.mask
     forward, backward = asked.way
     out, saved = forward(q, k, v, comm=comm, mask=mask)
@@ -192,22 +267,27 @@ def _check_on_all_ranks(q: Any, k: Any, v: Any, asked: _Asked) -> None:
             k,
             v,
             causal=asked.causal,
+            positions=asked.positions,
             segments=asked.segments,
             window=asked.window,
             scale=asked.scale,
         )
         _check_here(q, k, v, asked)
+        chosen = asked.plan(q, k).best.name if asked.strategy == "auto" else asked.strategy
     except (TypeError, ValueError, Unsupported) as error:
         problem = error
     else:
         facts = {name: getattr(call.shape, name) for name in "BHGD"}
         facts |= {"dtype": call.dtype, "library": "torch" if is_tensor(q) else "numpy"}
-        facts["segments"] = "none"
-        if (segments := asked.segments) is not None:
-            facts["segments"] = f"{dtype_name(segments)} with {len(segments.shape)} axes"
+        for name in PLACES:
+            given = getattr(asked, name)
+            facts[name] = (
+                "none" if given is None else f"{dtype_name(given)} with {len(given.shape)} axes"
+            )
         facts["window"] = resolve_window(asked.window)
         for name in ("sharding", "strategy", "near", "causal", "scale", "differentiated"):
             facts[name] = str(getattr(asked, name))
+        facts["chosen"] = chosen
     try:
         asked.comm.agree(error=None if problem is None else str(problem), **facts)
     finally:
@@ -222,8 +302,12 @@ def _check_here(q: Any, k: Any, v: Any, asked: _Asked) -> None:
         check_array(name, x)
         if is_tensor(x) != is_tensor(q):
             raise TypeError(f"{name} must be of the library of q, got {type(x).__name__}")
-        if is_tensor(x) and x.device.type != "cpu":
-            raise Unsupported([f"device {x.device.type} (cpu only)"], "isoform.parallel")
+        if is_cupy(x):
+            remedy = "torch.from_dlpack(x) is its tensor, uncopied"
+            raise Unsupported([f"CuPy's arrays ({remedy})"], "isoform.parallel")
+        if (device := device_of(x)) not in comm.devices:
+            moved = ", ".join(sorted(comm.devices))
+            raise Unsupported([f"device {device} ({moved} only)"], "isoform.parallel")
     if asked.strategy not in get_args(Strategy):
         known = ", ".join(get_args(Strategy))
         raise ValueError(f"strategy must be one of {known}, got {asked.strategy!r}")

@@ -2,12 +2,13 @@
 
 The strategies are written once for NumPy arrays and PyTorch tensors. Here is where a call reaches
 the library whose arrays it came with: the tiled forms of the reference, in float32 (float64 for
-float64), whose memory grows with the lengths and not with their product.
+float64), or on a GPU :func:`isoform.kernels.attention.attention_block`. The memory of each grows
+with the lengths and not with their product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,7 +50,9 @@ class Mask:
     """Who attends to whom: what every rank knows of all ranks.
 
     Attributes:
-        sharding: Where each rank's positions are.
+        sharding: Which positions each rank has.
+        positions: By rank, where its tokens are, int ``[L_r]`` or ``[B, L_r]``; None where the
+            sharding says it.
         segments: By rank, int ``[L_r]`` or ``[B, L_r]``, or None where all is one segment.
         causal: No query attends to a later position.
         window: How far a query looks, as in :func:`isoform.reference.numpy.attention.attention`.
@@ -57,7 +60,8 @@ class Mask:
     """
 
     sharding: Sharding
-    segments: tuple[Any, ...] | None = None
+    positions: tuple[Array, ...] | None = None
+    segments: tuple[Array, ...] | None = None
     causal: bool = False
     window: int | tuple[int, int] | None = None
     scale: float | None = None
@@ -66,7 +70,7 @@ class Mask:
         """The options of attention from one rank's shard to the whole, in its own order."""
         every = range(self.sharding.ranks)
         options = self.between([rank], every, like)
-        order = as_like(np.argsort(self._places(every)), like)
+        order = as_like(np.argsort(_together(map(self.sharding.positions, every))), like)
         for name in ("key_positions", "key_segments"):
             if name in options:
                 options[name] = options[name][..., order]
@@ -88,8 +92,8 @@ class Mask:
             "key_positions": as_like(self._places(keys), like),
         }
         if self.segments is not None:
-            options["segments"] = self._segments(queries, like)
-            options["key_segments"] = self._segments(keys, like)
+            options["segments"] = as_like(self._segments(queries), like)
+            options["key_segments"] = as_like(self._segments(keys), like)
         return options
 
     def length(self, ranks: Sequence[int]) -> int:
@@ -97,16 +101,25 @@ class Mask:
         return sum(self.sharding.lengths[rank] for rank in ranks)
 
     def _places(self, ranks: Sequence[int]) -> Array:
-        return np.concatenate([self.sharding.positions(rank) for rank in ranks])
+        given = self.positions
+        return _together(self.sharding.positions(r) if given is None else given[r] for r in ranks)
 
-    def _segments(self, ranks: Sequence[int], like: Any) -> Any:
+    def _segments(self, ranks: Sequence[int]) -> Array:
         assert self.segments is not None
-        own: list[Array] = [np.asarray(self.segments[rank]) for rank in ranks]
-        return as_like(np.concatenate(own, axis=-1), like)
+        return _together(self.segments[rank] for rank in ranks)
+
+
+def _together(places: Iterable[Array]) -> Array:
+    """Positions or segments of several ranks, one after the other."""
+    return np.concatenate([*places], axis=-1)
 
 
 def attend(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     """``out`` and ``lse`` of one block of keys, at least float32."""
+    if _on_kernels(q):
+        from isoform.kernels.attention import attention_block
+
+        return attention_block(q, k, v, **options)
     if is_tensor(q):
         from isoform.reference.torch.attention import attention_block_tiled as tiled
 
@@ -119,6 +132,10 @@ def differentiate(
     dout: Any, q: Any, k: Any, v: Any, lse: Any, delta: Any, options: dict[str, Any]
 ) -> Gradients:
     """What one block of keys gives to ``dq``, and its ``dk`` and ``dv``, at least float32."""
+    if _on_kernels(q):
+        from isoform.kernels.attention import attention_block_backward
+
+        return Gradients(*attention_block_backward(dout, q, k, v, lse, delta, **options))
     if is_tensor(q):
         from isoform.reference.torch.attention import attention_block_backward_tiled as tiled
 
@@ -147,6 +164,11 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
 
         return of_tensors(out_a, lse_a, out_b, lse_b)
     return merge_arrays(out_a, lse_a, out_b, lse_b)
+
+
+def _on_kernels(x: Any) -> bool:
+    """Whether ``x`` is on a GPU, and no float64: that, kernels leave to the reference."""
+    return is_tensor(x) and x.device.type == "cuda" and x.dtype.itemsize < 8
 
 
 def _compute_dtype(x: Array) -> np.dtype[Any]:

@@ -120,32 +120,41 @@ class Sharding:
 
     # --- the map ---
 
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks the sequence is cut into."""
+        if self.kind == "striped":
+            return -(-self.length // self.block)
+        return self.ranks if self.kind == "contiguous" else 2 * self.ranks
+
+    @cached_property
+    def cuts(self) -> tuple[Array, Array]:
+        """Where each of C chunks begins, with L at the end, and who holds it: ``int64``."""
+        c = np.arange(self.chunk_count)
+        if self.kind == "striped":
+            return np.append(c * self.block, self.length), c % self.ranks
+        each, left = divmod(self.length, len(c))
+        starts = np.append(c * each + np.minimum(c, left), self.length)
+        return starts, c if self.kind == "contiguous" else np.minimum(c, len(c) - 1 - c)
+
     @cached_property
     def _chunks(self) -> _Chunks:
-        if self.kind == "striped":
-            starts = np.append(np.arange(0, self.length, self.block), self.length)
-            c = np.arange(len(starts) - 1)
-            owners = c % self.ranks
-        else:
-            count = self.ranks if self.kind == "contiguous" else 2 * self.ranks
-            each, left = divmod(self.length, count)
-            c = np.arange(count)
-            starts = np.append(c * each + np.minimum(c, left), self.length)
-            owners = c if self.kind == "contiguous" else np.minimum(c, count - 1 - c)
-
+        starts, owners = self.cuts
         # What the same rank holds before a chunk: sort by rank, and sum up what is smaller.
-        sizes = np.diff(starts)
+        sizes, held = np.diff(starts), np.array(self.lengths, np.int64)
         by_owner = np.argsort(owners, kind="stable")
         before = np.empty_like(sizes)
         before[by_owner] = np.cumsum(sizes[by_owner]) - sizes[by_owner]
-        held = np.bincount(owners, weights=sizes, minlength=self.ranks).astype(np.int64)
         before -= (np.cumsum(held) - held)[owners]
         return _Chunks(starts, sizes, owners, before, held)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """L_r of every rank: how many positions it holds."""
-        return tuple(int(length) for length in self._chunks.held)
+        starts, owners = self.cuts
+        held = np.zeros(self.ranks, np.int64)
+        np.add.at(held, owners, np.diff(starts))
+        return tuple(held.tolist())
 
     def chunks(self, rank: int) -> tuple[range, ...]:
         """The runs of consecutive positions that ``rank`` holds, in order, none of them empty.
