@@ -29,7 +29,7 @@ from isoform.reference.contract import Sizes
 from isoform.reference.numpy.evoformer_tiled import blocks
 
 Chunk = Mapping[str, slice]
-"""Where a chunk lies: a slice of each of the axes B, S and Q."""
+"""Where a chunk lies: a slice of each of the axes B, S and Q (L, where there are no queries)."""
 
 Step = Callable[[Operands], Mapping[str, tuple[Array, ...]]]
 """What is done to the operands of one chunk: one array or more for each result."""
@@ -135,32 +135,34 @@ def _summed(
 
 
 def chunks(shape: Sizes, limit: int) -> Iterator[Chunk]:
-    """Split a call of attention so that no array of a chunk has more than ``limit`` numbers, if
-    possible.
+    """Split a call so that no array of a chunk has more than ``limit`` numbers, if possible.
 
-    Examples are split before rows (where there are any), rows before queries, and keys never. A
-    call that fits is one chunk, and so is one without logits.
+    Examples are split before rows (where there are any), rows before queries or tokens, and keys
+    never. A call that fits is one chunk, and so is one without logits.
     """
     B, S, Q, K, H, D = _sizes(shape)
+    axes = "BSQ" if hasattr(shape, "Q") else "BSL"
     if _largest(shape) <= limit or B * S * Q * K * H == 0:
-        yield dict.fromkeys("BSQ", slice(None))
+        yield dict.fromkeys(axes, slice(None))
         return
     row = H * max(Q * K, Q * D, K * D)
     examples = max(1, limit // (S * row))
     rows = max(1, limit // row)
     queries = max(1, limit // (H * max(K, D))) if row > limit else Q
     for place in product(blocks(B, examples), blocks(S, rows), blocks(Q, queries)):
-        yield dict(zip("BSQ", place, strict=True))
+        yield dict(zip(axes, place, strict=True))
 
 
 def _sizes(shape: Sizes) -> tuple[int, ...]:
-    """B, S, Q, K, H and D of a call of attention; a call without rows has one."""
-    sizes = {"S": 1} | vars(shape)
+    """B, S, Q, K, H and D of a call. One without rows has one; one without keys, whose tokens each
+    meet none but themselves, has one key.
+    """
+    sizes: dict[str, int] = {"S": 1, "K": 1, "Q": getattr(shape, "L", 0), **vars(shape)}
     return tuple(sizes[axis] for axis in "BSQKHD")
 
 
 def _largest(shape: Sizes) -> int:
-    """Numbers in the largest array of a call: the logits, or q or k with all H heads."""
+    """Numbers in the largest array of a call: the logits, or q or k with all H heads; or x."""
     B, S, Q, K, H, D = _sizes(shape)
     return B * S * H * max(Q * K, Q * D, K * D)
 

@@ -33,9 +33,11 @@ from __future__ import annotations
 import numpy as np
 
 from isoform.conformance.case import Operands
+from isoform.conformance.chunks import Processor, in_chunks
 from isoform.conformance.dtypes import FORMATS, Array
 from isoform.conformance.operation import Condition
 from isoform.conformance.rotary.cases import Turn
+from isoform.conformance.rotary.values import by_example, shape_of
 from isoform.reference.contract import dtype_name
 from isoform.reference.numpy.rotary import pairs, rotary_tables
 from isoform.reference.rotary_scaling import frequencies
@@ -44,40 +46,56 @@ ANGLE = 2.0**-52
 """Relative error of an angle in float64: of the frequency, and of its product with the position."""
 
 
-def conditions(operands: Operands, turn: Turn, *, gradients: bool) -> dict[str, Condition]:
+def conditions(
+    operands: Operands, turn: Turn, *, gradients: bool, processor: Processor | None = None
+) -> dict[str, Condition]:
     """The condition of every result of one call.
 
     Args:
         operands: x, positions and dout.
         turn: How it is turned.
         gradients: Whether that of ``dx`` is wanted too.
+        processor: As in :func:`~.chunks.in_chunks`.
 
     Returns:
         By the name of the result, in its shape.
     """
-    found = {"out": _condition(operands["x"], operands["positions"], turn, 1)}
-    if gradients:
-        found["dx"] = _condition(operands["dout"], operands["positions"], turn, -1)
-    return found
-
-
-def _condition(x: Array, positions: Array, turn: Turn, direction: int) -> Condition:
-    """κ and λ of turning ``x``."""
-    d = turn.rotary_dim or x.shape[-1]
+    x = operands["x"]
     float_format, float32 = FORMATS[dtype_name(x)], FORMATS["float32"]
-    cos, sin = rotary_tables(positions, d, base=turn.base, scaling=turn.scaling, dtype=np.float64)
-    high, _, _ = frequencies(d, turn.base, turn.scaling)
-    angle = np.abs(positions.astype(np.float64)[..., None] * high)
-    c, s, lost = (table[..., None, :] for table in (cos, direction * sin, angle))
-    lost = lost * (ANGLE / float_format.unit_roundoff)
-    wide_unit = min(1.0, float32.unit_roundoff / float_format.unit_roundoff)
+    unit = float_format.unit_roundoff
 
-    relative, underflow = np.zeros(x.shape), np.zeros(x.shape)
+    def step(chunk: Operands) -> dict[str, tuple[Array]]:
+        found = {"out": (_relative(chunk["x"], chunk["positions"], turn, unit, 1),)}
+        if gradients:
+            found["dx"] = (_relative(chunk["dout"], chunk["positions"], turn, unit, -1),)
+        return found
+
+    underflow = np.zeros(x.shape[-1])
+    underflow[: turn.rotary_dim or x.shape[-1]] = (
+        2 * min(1.0, float32.smallest / float_format.smallest) + 1
+    )
+    relative = in_chunks(step, by_example(operands), shape_of(operands), processor)
+    return {
+        name: Condition(kappa, np.broadcast_to(underflow, kappa.shape))
+        for name, (kappa,) in relative.items()
+    }
+
+
+def _relative(x: Array, positions: Array, turn: Turn, unit: float, direction: int) -> Array:
+    """κ of turning ``x [B, L, H, D]``, at ``positions [B, L]``, where u is ``unit``."""
+    d = turn.rotary_dim or x.shape[-1]
+    cos, sin = rotary_tables(positions, d, base=turn.base, scaling=turn.scaling, dtype=np.float64)
+    p = positions.astype(np.float64)[..., None]
+    angle = np.abs(p * np.asarray(frequencies(d, turn.base, turn.scaling).high, like=p))
+    c, s, lost = (table[..., None, :] for table in (cos, direction * sin, angle))
+    lost = lost * (ANGLE / unit)
+    wide_unit = min(1.0, FORMATS["float32"].unit_roundoff / unit)
+
+    relative = np.zeros_like(x, np.float64)
     with np.errstate(all="ignore"):
         x1, x2 = pairs(x[..., :d].astype(np.float64), turn.layout)
         k1, k2 = pairs(relative[..., :d], turn.layout)
         along, across = np.abs(x1 * c) + np.abs(x2 * s), np.abs(x1 * s) + np.abs(x2 * c)
         k1[...] = np.abs(x1 * c - x2 * s) + wide_unit * along + lost * across
         k2[...] = np.abs(x2 * c + x1 * s) + wide_unit * across + lost * along
-    underflow[..., :d] = 2 * min(1.0, float32.smallest / float_format.smallest) + 1
-    return Condition(relative, underflow)
+    return relative

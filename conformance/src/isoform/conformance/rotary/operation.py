@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from isoform.conformance.case import Case, Operands
+from isoform.conformance.chunks import Processor, in_chunks
 from isoform.conformance.dtypes import Array
 from isoform.conformance.frameworks import Framework
 from isoform.conformance.operation import InvalidCall, Operation
 from isoform.conformance.rotary.cases import CASES, Turn, features, turn_of
 from isoform.conformance.rotary.condition import conditions
 from isoform.conformance.rotary.twin import twin
-from isoform.conformance.rotary.values import draw
+from isoform.conformance.rotary.values import by_example, draw, shape_of
 from isoform.conformance.signatures import ROTARY_EMBEDDING as SIGNATURE
 from isoform.reference.contract import Call
 from isoform.reference.numpy import rotary_embedding, rotary_embedding_backward
@@ -35,14 +36,21 @@ def call_for(
     return Call(NAME, case.shape, case.dtype, case.operands, gradients, lse, device, architecture)
 
 
-def reference(operands: Operands, case: Case, gradients: bool) -> Operands:
+def reference(
+    operands: Operands, case: Case, gradients: bool, processor: Processor | None = None
+) -> Operands:
     """The oracle's results in float64, by name."""
-    positions, options = operands["positions"], dict(case.options)
-    x, dout = (operands[name].astype(np.float64) for name in ("x", "dout"))
-    results = {"out": rotary_embedding(x, positions, **options)}
-    if gradients:
-        results["dx"] = rotary_embedding_backward(dout, positions, **options)
-    return results
+    options = dict(case.options)
+
+    def step(chunk: Operands) -> dict[str, tuple[Array]]:
+        x, dout = (chunk[name].astype(np.float64) for name in ("x", "dout"))
+        results = {"out": (rotary_embedding(x, chunk["positions"], **options),)}
+        if gradients:
+            results["dx"] = (rotary_embedding_backward(dout, chunk["positions"], **options),)
+        return results
+
+    found = in_chunks(step, by_example(operands), shape_of(operands), processor)
+    return {name: x for name, (x,) in found.items()}
 
 
 def zeros(operands: Operands, results: Operands, turn: Turn) -> dict[str, Array]:

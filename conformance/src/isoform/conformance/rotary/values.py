@@ -13,6 +13,7 @@ import numpy as np
 from isoform.conformance.case import Case, Operands
 from isoform.conformance.dtypes import FORMATS, Array
 from isoform.conformance.rotary.cases import turn_of
+from isoform.reference.rotary_contract import RotaryShape
 
 Recipe = Callable[[Operands, np.random.Generator, Case], None]
 
@@ -34,6 +35,17 @@ def draw(case: Case) -> Operands:
             name: LAYOUTS[case.layout](name, x if name == "positions" else x.astype(dtype))
             for name, x in operands.items()
         }
+
+
+def shape_of(operands: Operands) -> RotaryShape:
+    """The axis sizes of a call with these operands."""
+    return RotaryShape(*operands["x"].shape)
+
+
+def by_example(operands: Operands) -> Operands:
+    """The same operands with positions ``[B, L]``, so that a chunk is cut out of all alike."""
+    shape = operands["x"].shape[:2]
+    return operands | {"positions": np.broadcast_to(operands["positions"], shape)}
 
 
 def _normal(operands: Operands, rng: np.random.Generator, case: Case) -> None:

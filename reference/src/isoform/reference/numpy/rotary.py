@@ -165,8 +165,9 @@ def rotary_tables(
     Returns:
         ``cos [..., rotary_dim / 2]`` and ``sin`` alike.
     """
-    high, low, amplitude = frequencies(rotary_dim, float(base), scaling)
+    *parts, amplitude = frequencies(rotary_dim, float(base), scaling)
     p = positions.astype(np.float64)[..., None]
+    high, low = (np.asarray(part, like=p) for part in parts)  # on a GPU, if positions are there
     coarse, fine = p * high, p * low  # the first is exact
     cos = np.cos(coarse) * np.cos(fine) - np.sin(coarse) * np.sin(fine)
     sin = np.sin(coarse) * np.cos(fine) + np.cos(coarse) * np.sin(fine)
