@@ -1,0 +1,200 @@
+"""The kernels of attention over a sequence that there are, what each needs, and which does a call.
+
+As :mod:`isoform.kernels.choice`: a kernel is taken because all before it in the order for the call
+(:data:`ORDERS`) decline, each for reasons that :func:`reasons` lists. Two of them are libraries'
+that PyTorch brings along. They know neither documents nor windows nor shards; where they do a call
+they may be faster than ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from isoform.kernels import attention_plain, attention_tensor
+from isoform.kernels.arguments import View
+from isoform.kernels.attention_arguments import Options
+from isoform.kernels.choice import declined
+from isoform.kernels.launch import Pass, Work
+from isoform.kernels.tensor import ARCHITECTURES
+from isoform.reference.attention_contract import DIFFERENTIABLE, SequenceShape
+from isoform.reference.contract import Call, Capabilities, Unsupported
+
+LIBRARY_CAPABILITIES = Capabilities(
+    "attention",
+    dtypes=frozenset({"bfloat16", "float16"}),
+    devices=frozenset({"cuda"}),
+    architectures=ARCHITECTURES,
+    head_dims=(8, 128),
+    head_dim_multiple=8,
+    min_length=1,
+    operands=frozenset({"causal"}),
+    grouped_heads=False,
+    gradients=frozenset(DIFFERENTIABLE),
+    deterministic=False,  # dq is summed by atomic additions
+    memory="linear",
+    arithmetic=attention_tensor.CAPABILITIES.arithmetic,
+)
+"""What PyTorch's flash attention and cuDNN's are asked for here."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to choose.
+
+    Attributes:
+        name: Its name.
+        capabilities: What it declares.
+        forward: The work of a forward, by the shape, the dtype, how the operands lie, and options;
+            None where it is a library's (:mod:`isoform.kernels.attention_library`).
+        backward: The work of a backward, of the same and the names of the gradients wanted.
+    """
+
+    name: str
+    capabilities: Capabilities
+    forward: Callable[[SequenceShape, str, Mapping[str, View], Options], Work] | None = None
+    backward: (
+        Callable[[SequenceShape, str, Mapping[str, View], Options, Collection[str]], Work] | None
+    ) = None
+
+    @property
+    def library(self) -> bool:
+        """Whether it is a library's, which PyTorch brings along."""
+        return self.forward is None
+
+    def forward_of(self, options: Options) -> Pass:
+        """The forward of calls with these options."""
+        make = self.forward
+        assert make is not None
+        return lambda shape, dtype, views: make(shape, dtype, views, options)
+
+    def backward_of(self, options: Options, wanted: Collection[str]) -> Pass:
+        """The backward that computes the gradients ``wanted``."""
+        make = self.backward
+        assert make is not None
+        return lambda shape, dtype, views: make(shape, dtype, views, options, wanted)
+
+
+KERNELS = (
+    Kernel("cuda-cudnn", LIBRARY_CAPABILITIES),
+    Kernel("cuda-flash", LIBRARY_CAPABILITIES),
+    Kernel(
+        "cuda-tensor",
+        attention_tensor.CAPABILITIES,
+        attention_tensor.forward,
+        attention_tensor.backward,
+    ),
+    Kernel(
+        "cuda-plain",
+        attention_plain.CAPABILITIES,
+        attention_plain.forward,
+        attention_plain.backward,
+    ),
+)
+"""The kernels."""
+
+BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order kernels are asked, for some calls.
+
+    Attributes:
+        kernels: Their names, all of them.
+        architectures: The GPUs that it is for; empty for all.
+        head_dims: The smallest and the largest D; None for any.
+        least: The fewest keys.
+    """
+
+    kernels: tuple[str, ...]
+    architectures: frozenset[str] = field(default_factory=frozenset)
+    head_dims: tuple[int, int] | None = None
+    least: int = 0
+
+    def fits(self, call: Call) -> bool:
+        """Whether ``call`` is one of those."""
+        low, high = self.head_dims or (0, call.shape.D)
+        return (
+            (not self.architectures or call.architecture in self.architectures)
+            and low <= call.shape.D <= high
+            and self.least <= call.shape.K
+        )
+
+
+ORDERS = (
+    # Not measured yet: what is ours, proven case by case and deterministic, comes first.
+    Order(("cuda-tensor", "cuda-cudnn", "cuda-flash", "cuda-plain")),
+)
+"""The first that fits a call is its order. Each line is a measurement's, which a comment names."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caller asks for that is no part of the call.
+
+    Attributes:
+        torch: The operands are tensors of PyTorch's.
+        scale: The factor of the logits.
+        wide: Results are wanted in float32.
+        deterministic: Equal calls must give equal bits.
+    """
+
+    torch: bool
+    scale: float
+    wide: bool = False
+    deterministic: bool = False
+
+
+def order_of(call: Call) -> tuple[Kernel, ...]:
+    """The kernels in the order in which they are asked for ``call``."""
+    chosen = next(order for order in ORDERS if order.fits(call))
+    return tuple(BY_NAME[name] for name in chosen.kernels)
+
+
+def select(call: Call, wish: Wish, only: str | None = None) -> Kernel:
+    """The kernel for ``call``, or the one called ``only``.
+
+    Raises:
+        ValueError: None is called so.
+        Unsupported: None does this call.
+    """
+    if only is not None and only not in BY_NAME:
+        raise ValueError(f"kernel must be one of {', '.join(BY_NAME)}, got {only!r}")
+    why_not: list[str] = []
+    for kernel in order_of(call) if only is None else (BY_NAME[only],):
+        why = reasons(kernel, call, wish)
+        if not why:
+            return kernel
+        why_not += [f"{kernel.name}: {reason}" for reason in why]
+    raise Unsupported(why_not, "isoform.kernels")
+
+
+def reasons(kernel: Kernel, call: Call, wish: Wish) -> tuple[str, ...]:
+    """Why ``kernel`` declines ``call``, with what can be done about it; empty if it does not."""
+    found = declined(kernel.capabilities, call)
+    if wish.deterministic and not kernel.capabilities.deterministic:
+        found.append("deterministic=True")
+    if kernel.library:
+        found += _reasons_of_a_library(kernel.name, wish)
+    return tuple(found)
+
+
+def without_idle_places(call: Call, options: Options) -> Call:
+    """``call`` without positions, where no side of a window makes anything of them."""
+    if options == replace(Options(), wide=options.wide):
+        return replace(call, operands=call.operands - {"positions", "key_positions"})
+    return call
+
+
+def _reasons_of_a_library(name: str, wish: Wish) -> list[str]:
+    found = []
+    if wish.scale <= 0:
+        found.append(f"scale {wish.scale:g} (positive only)")
+    if wish.wide:
+        found.append("results in float32 of 16-bit operands")
+    if not wish.torch:
+        return [*found, "arrays that are no tensors of PyTorch's"]
+    from isoform.kernels import attention_library
+
+    return [*found, *attention_library.MISSING[name]]
