@@ -8,6 +8,7 @@ warp's numbers lie, is in ``cuda/evoformer_tensor.cuh``. Sizes of tiles are data
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -84,6 +85,14 @@ PASSES = ("forward", "backward_query", "backward_key", "backward_pair_bias")
 
 GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
     "forward": {
+        16: Geometry(2, 4, 1, 64, 4, 32),
+        32: Geometry(2, 4, 1, 64, 3, 32),
+        48: Geometry(2, 4, 1, 64, 2, 32),
+        64: Geometry(1, 4, 1, 64, 3, 32),
+        96: Geometry(1, 4, 1, 64, 2, 32),
+        128: Geometry(1, 4, 1, 32, 2, 32),
+    },
+    "forward, gated": {
         16: Geometry(1, 4, 1, 64, 4, 64),
         32: Geometry(1, 4, 1, 64, 4, 32),
         48: Geometry(1, 4, 1, 64, 3, 64),
@@ -92,6 +101,14 @@ GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
         128: Geometry(1, 4, 1, 32, 2, 32),
     },
     "backward_query": {
+        16: Geometry(2, 4, 1, 64, 3),
+        32: Geometry(1, 4, 1, 64, 4),
+        48: Geometry(2, 4, 1, 64, 2),
+        64: Geometry(1, 4, 1, 64, 3),
+        96: Geometry(1, 4, 1, 64, 2),
+        128: Geometry(1, 4, 1, 32, 1),
+    },
+    "backward_query, gated": {
         16: Geometry(1, 8, 1, 64, 2),
         32: Geometry(1, 8, 1, 64, 2),
         48: Geometry(1, 4, 1, 64, 2),
@@ -102,6 +119,14 @@ GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
     "backward_key": {
         16: Geometry(2, 4, 1, 64, 2),
         32: Geometry(2, 4, 1, 64, 2),
+        48: Geometry(2, 4, 1, 64, 2),
+        64: Geometry(1, 4, 1, 64, 2),
+        96: Geometry(1, 4, 1, 32, 2),
+        128: Geometry(1, 4, 1, 32, 1),
+    },
+    "backward_key, gated": {
+        16: Geometry(2, 4, 1, 64, 2),
+        32: Geometry(2, 4, 1, 64, 2),
         48: Geometry(1, 4, 1, 64, 2),
         64: Geometry(1, 4, 1, 64, 2),
         96: Geometry(1, 4, 1, 32, 2),
@@ -110,7 +135,7 @@ GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
     "backward_pair_bias": {
         16: Geometry(1, 8, 1, 64, 2),
         32: Geometry(1, 8, 1, 64, 2),
-        48: Geometry(1, 4, 1, 64, 2),
+        48: Geometry(1, 4, 1, 64, 3),
         64: Geometry(1, 4, 1, 64, 2),
         96: Geometry(1, 4, 1, 32, 2),
         128: Geometry(1, 2, 1, 32, 2),
@@ -124,14 +149,18 @@ GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
         128: Geometry(1, 2, 1, 32, 2),
     },
 }
-"""By pass and head dim. A block's shared memory fits into the 99 KiB that the smallest GPUs have,
-such as an RTX 4090's."""
+"""By pass, with a gate or without, and head dim. A block's shared memory fits into the 99 KiB that
+the smallest GPUs have, such as an RTX 4090's."""
 
-FILL = 256
-"""Blocks that fill a GPU: where ``backward_pair_bias`` has fewer tiles, several share one."""
+TABLE: ContextVar[Mapping[str, Mapping[int, Geometry]]] = ContextVar("TABLE", default=GEOMETRIES)
+"""The geometries in use: on a GPU, those that :mod:`isoform.kernels.geometries` has for it."""
 
-WORKSPACE = 0.02
-"""How much those partial sums may take beyond one float32 dpair_bias, of the other gradients."""
+FILL = 1024
+"""Blocks that keep a GPU busy to the end: where ``backward_pair_bias`` has fewer tiles, several
+blocks share one, each a range of rows."""
+
+ROWS = 16
+"""The least rows s of a range, of which adding up the sums takes some 5 % then."""
 
 
 def forward(shape: Shape, dtype: str, operands: Mapping[str, View]) -> Work:
@@ -169,13 +198,13 @@ def backward(
             )
     if "pair_bias" in wanted:
         pairs = _pass("backward_pair_bias", shape, dtype, "K Q H B", chosen)
+        geometry = geometry_of("backward_pair_bias", shape.D, gated="gate" in operands)
         parts = _parts(shape, pairs.blocks)
         launches.append(replace(pairs, blocks=pairs.blocks * parts))
         counts = {"parts": parts, "pair_bias_tiles": pairs.blocks}
         if parts > 1:
-            geometry = geometry_of("backward_pair_bias", shape.D, gated="gate" in operands)
-            scratch["pair_bias_parts"] = (parts, pairs.blocks, geometry.own * geometry.block)
-            scratch["arrived"] = (pairs.blocks,)
+            scratch["pair_bias_sums"] = (pairs.blocks, geometry.own * geometry.block)
+            scratch["turns"] = (pairs.blocks + 1,)
     return Work(tuple(one for one in launches if one.blocks), scratch, counts)
 
 
@@ -186,8 +215,7 @@ def head_dim(D: int) -> int:
 
 def geometry_of(name: str, D: int, *, gated: bool) -> Geometry:
     """How the pass ``name`` cuts its work where the head dim is D, with a gate or without."""
-    special = f"{name}, gated"
-    return GEOMETRIES[special if gated and special in GEOMETRIES else name][head_dim(D)]
+    return TABLE.get()[f"{name}, gated" if gated else name][head_dim(D)]
 
 
 def shared_bytes(name: str, D: int, *, gated: bool) -> int:
@@ -267,9 +295,4 @@ def choices(shape: Shape, operands: Mapping[str, View]) -> dict[str, int]:
 
 def _parts(shape: Shape, tiles: int) -> int:
     """How many blocks share the rows s of a tile of the pair bias."""
-    if tiles == 0:
-        return 1
-    whole = 4 * prod(shape.of("pair_bias"))
-    others = 2 * (2 * prod(shape.of("q")) + 2 * prod(shape.of("k")))
-    room = int((whole + WORKSPACE * others) // whole)
-    return max(1, min(-(-FILL // tiles), shape.S, room))
+    return max(1, min(-(-FILL // tiles), shape.S // ROWS)) if tiles else 1

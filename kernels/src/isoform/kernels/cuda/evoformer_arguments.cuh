@@ -49,10 +49,11 @@ struct EvoformerArguments {
     float *delta;  // Σ_d dō_id o_id
 
     // What the tensor-core kernels add up in parts: dmask_bias by key/value head, [B, S, G, K], and
-    // dpair_bias by a range of rows s, for each tile, with a count of the parts that have arrived.
+    // dpair_bias by ranges of rows s, for each tile, with whose turn it is: how many have been added;
+    // and behind those, how many blocks have started.
     float *mask_bias_parts;
-    float *pair_bias_parts;
-    int *arrived;
+    float *pair_bias_sums;
+    int *turns;
     int64 parts, pair_bias_tiles;
 
     float scale;

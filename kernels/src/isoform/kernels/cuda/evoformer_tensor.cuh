@@ -116,14 +116,11 @@ template <int SIZE, int THREADS>
 struct RowStream : Stream<SIZE, HEAD_DIM, THREADS, ALIGNED> {
     int count;
 
-    // From position `first` on, one tile after the other; or by another step.
+    // From position `first` on, one tile after the other.
     __device__ RowStream(const EvoformerArguments &a, const Operand &x, const Head &at, int64 first,
                          int thread)
-        : RowStream(a, x, at, first, SIZE * x.stride[2], thread) {}
-    __device__ RowStream(const EvoformerArguments &a, const Operand &x, const Head &at, int64 first,
-                         int64 step, int thread)
-        : Stream<SIZE, HEAD_DIM, THREADS, ALIGNED>(x, channels_of(x, at, first), x.stride[2], step,
-                                                   thread),
+        : Stream<SIZE, HEAD_DIM, THREADS, ALIGNED>(x, channels_of(x, at, first), x.stride[2],
+                                                   SIZE * x.stride[2], thread),
           count(clamp(a.D - this->column, 0, 8)) {}
 
     template <class Wanted>

@@ -12,7 +12,7 @@
 constexpr int THREADS = 32 * WARPS * ROWS;
 constexpr int KEYS = WARPS * OWN;
 constexpr int VALUES = ROWS * KEYS;
-constexpr bool RELOAD = HEAD_DIM > 64;  // for want of registers
+constexpr bool RELOAD = M_TILES * HEAD_DIM > 64;  // for want of registers
 
 struct Stage {
     Row q[ROWS][BLOCK], cotangent[ROWS][BLOCK];

@@ -2,8 +2,9 @@
 //
 // A block owns a tile of queries × keys of one head and keeps its gradient in registers while the rows
 // s stream by, all of them or a part: where the tiles alone do not fill the GPU, a.parts blocks share
-// the rows of a tile. Each leaves its sum in memory, and the last to arrive adds them up in order, so
-// that equal calls give equal bits.
+// the rows of a tile. Their sums are added up in memory, one after the other, each block waiting for
+// its turn, so that equal calls give equal bits. A block's number is drawn when it starts: those before
+// it have started too, and none waits for one that cannot run.
 //
 // Defines: as in evoformer_tensor.cuh; BLOCK is of keys; GATED: whether there is a gate.
 
@@ -75,17 +76,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     evoformer_tensor_backward_pair_bias(const EvoformerArguments a) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
-    __shared__ int arrived;
+    __shared__ int number;
     const int thread = threadIdx.x, w = threadIdx.x / 32;
 
     Tiles block = {static_cast<int64>(blockIdx.x)};
-    const int64 tile_number = block.rest % a.pair_bias_tiles;
+    if (a.parts > 1) {
+        if (thread == 0) number = atomicAdd(a.turns + a.pair_bias_tiles, 1);
+        __syncthreads();
+        block.rest = number;
+    }
     const int64 first_key = block.next(tiles_of(a.K, BLOCK)) * BLOCK;
     const int64 first_query = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
     Head at;
     at.h = block.next(a.H), at.b = block.next(a.B);
     const int64 part = block.rest;
-    const int64 begin = a.S * part / a.parts, end = a.S * (part + 1) / a.parts;
+    const int64 begin = a.S * part / a.parts;
+    const int64 end = a.S * (part + 1) / a.parts;
 
     const auto head_of = [&](int64 s) { return Head{at.b, s, at.h}; };
     const auto read_ahead = [&](int64 s, KeyStream::Raw &key, RawQuery (&queries)[2]) {
@@ -103,26 +109,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (thread + n * THREADS < QUERIES)
                 shared.queries[s % 4][thread + n * THREADS] = finished(queries[n]);
     };
-    const Head here = head_of(begin), group = group_of(a, here);
-    RowStream<QUERIES, THREADS> load_q(a, a.q, here, first_query, a.q.stride[1], thread);
-    RowStream<QUERIES, THREADS> load_cotangent(a, a.dout, here, first_query, a.dout.stride[1],
-                                               thread);
-    RowStream<BLOCK, THREADS> load_k(a, a.k, group, first_key, a.k.stride[1], thread);
-    RowStream<BLOCK, THREADS> load_v(a, a.v, group, first_key, a.v.stride[1], thread);
+    // Addresses are computed anew for each row: kept, they would take too many registers.
+    const auto queries_of = [&](const Operand &x, int64 s) {
+        return RowStream<QUERIES, THREADS>(a, x, head_of(s), first_query, thread);
+    };
+    const auto keys_of = [&](const Operand &x, int64 s) {
+        return RowStream<BLOCK, THREADS>(a, x, group_of(a, head_of(s)), first_key, thread);
+    };
     const auto load_row = [&](int64 s) {
         Stage &stage = shared.stage[s % 2];
         const unsigned short *kept = shared.keys[s % 4].kept;
         const Query *queries = shared.queries[s % 4];
         const auto wanted_key = [&](int row) { return kept[row] != 0; };
         const auto wanted_query = [&](int row) { return queries[row].inverse != 0.0f; };
-        load_q(stage.q, wanted_query);
-        load_cotangent(stage.cotangent, wanted_query);
+        queries_of(a.q, s)(stage.q, wanted_query);
+        queries_of(a.dout, s)(stage.cotangent, wanted_query);
 #if GATED
-        RowStream<QUERIES, THREADS>(a, a.gate, head_of(s), first_query, thread)(stage.gate,
-                                                                               wanted_query);
+        queries_of(a.gate, s)(stage.gate, wanted_query);
 #endif
-        load_k(stage.k, wanted_key);
-        load_v(stage.v, wanted_key);
+        keys_of(a.k, s)(stage.k, wanted_key);
+        keys_of(a.v, s)(stage.v, wanted_key);
     };
 
     PairBiasStream<QUERIES, THREADS, true>(a, at, first_query, first_key, thread)(shared.pair_bias);
@@ -141,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         cp_async_wait<0>();
         Stage &stage = shared.stage[s % 2];
 #if GATED
-        close_gate(stage.cotangent, stage.gate, QUERIES, load_cotangent);
+        close_gate(stage.cotangent, stage.gate, QUERIES, queries_of(a.dout, s));
 #endif
         __syncthreads();  // the row is there, and the one before has been used
         if (s + 1 < end) load_row(s + 1);
@@ -179,36 +185,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     cp_async_wait<0>();
 
     if (a.parts > 1) {
-        // What this part has summed, a thread's numbers one after the other across the block.
-        constexpr int SIZE = sizeof(Sums) / sizeof(float) * THREADS;
-        float *parts = a.pair_bias_parts + tile_number * SIZE + thread;
-        const int64 stride = a.pair_bias_tiles * SIZE;
-        float *mine = parts + part * stride;
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-            for (int n = 0; n < BLOCK / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    mine[((m * (BLOCK / 8) + n) * 4 + e) * THREADS] = sum[m][n][e];
-        __threadfence();
+        const int64 tile = number % a.pair_bias_tiles, part = number / a.pair_bias_tiles;
+        int *turn = a.turns + tile;
+        if (thread == 0)
+            while (atomicAdd(turn, 0) < part) {}
         __syncthreads();
-        if (thread == 0) arrived = atomicAdd(a.arrived + tile_number, 1);
-        __syncthreads();
-        if (arrived + 1 < a.parts) return;
         __threadfence();
+        // A thread's numbers lie one after the other across the block.
+        float *whole = a.pair_bias_sums + tile * (sizeof(Sums) / sizeof(float) * THREADS);
+        const bool last = part + 1 == a.parts;
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
             for (int n = 0; n < BLOCK / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    float all = 0.0f;
-                    for (int64 p = 0; p < a.parts; ++p)
-                        all += __ldcg(parts + p * stride +
-                                      ((m * (BLOCK / 8) + n) * 4 + e) * THREADS);
-                    sum[m][n][e] = all;
+                    float *place = whole + ((m * (BLOCK / 8) + n) * 4 + e) * THREADS + thread;
+                    if (part > 0) sum[m][n][e] += __ldcg(place);
+                    if (!last) *place = sum[m][n][e];
                 }
+        __threadfence();
+        __syncthreads();
+        if (thread == 0) atomicAdd(turn, 1);
+        if (!last) return;
     }
 
     const Operand &out = a.dpair_bias;

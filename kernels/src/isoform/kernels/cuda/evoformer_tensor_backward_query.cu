@@ -127,10 +127,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int warp = threadIdx.x / 32, r = warp / WARPS, w = warp % WARPS;
     const int thread = threadIdx.x % (32 * WARPS);  // among those of row r
 
-    if (a.arrived != nullptr)  // backward_pair_bias will count there
+    if (a.turns != nullptr)  // backward_pair_bias will count there
         for (int64 n = static_cast<int64>(blockIdx.x) * THREADS + threadIdx.x;
-             n < a.pair_bias_tiles; n += static_cast<int64>(gridDim.x) * THREADS)
-            a.arrived[n] = 0;
+             n <= a.pair_bias_tiles; n += static_cast<int64>(gridDim.x) * THREADS)
+            a.turns[n] = 0;
 
     Tiles block = {static_cast<int64>(blockIdx.x)};
     const int64 first_query = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
