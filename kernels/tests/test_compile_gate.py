@@ -1,7 +1,7 @@
 """Every variant of every kernel compiles for every architecture, and takes no more than recorded.
 
-These need NVRTC and the CUDA headers (``isoform[cuda13]``), neither a GPU nor a driver: ``nox -s
-compile`` installs them. Where they are missing the tests fail, they do not skip.
+These need NVRTC, the CUDA headers (``isoform[cuda13]``) and nvdisasm, neither a GPU nor a driver:
+``nox -s compile`` installs them. Where they are missing the tests fail, they do not skip.
 """
 
 import struct
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from isoform.kernels import compiler, gate
+from isoform.kernels import compiler, gate, instructions
 from isoform.kernels.compiler import CompileError
 from isoform.kernels.gate import Variant
 
 pytestmark = pytest.mark.nvrtc
 
 RECORD = Path(__file__).parents[1] / "compile_gate.jsonl"
+COUNTS = RECORD.with_name(gate.INSTRUCTIONS)
 VARIANTS = gate.variants()
 ANEW = f"python -m isoform.kernels.gate {RECORD.relative_to(Path(__file__).parents[2])}"
 
@@ -33,18 +34,40 @@ def recorded():
     return figures
 
 
+@pytest.fixture(scope="module")
+def recorded_counts():
+    """The recorded instruction counts, and by what share they may rise."""
+    version, may_rise, counts = instructions.read(COUNTS)
+    assert version == gate.compiler_version(), f"recorded with NVRTC {version}: {ANEW}"
+    return counts, may_rise
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_variant(variant, recorded):
+def test_variant(variant, recorded, recorded_counts):
     compiled = variant.compile()
     assert compiled.cubin.startswith(b"\x7fELF")
     assert compiler.warnings(compiled.log) == []
     taken = compiler.resources(compiled.log)
     said = gate.complaints(str(variant), taken, recorded) + gate.spills({str(variant): taken})
+    if variant.counted:
+        found = instructions.counted(compiled)
+        said += instructions.complaints(str(variant), found, *recorded_counts)
     assert not said, "\n".join([*said, f"if that is meant: {ANEW}"])
 
 
-def test_nothing_is_recorded_that_is_not_compiled(recorded):
+def test_nothing_is_recorded_that_is_not_compiled(recorded, recorded_counts):
     assert recorded.keys() == {str(variant) for variant in VARIANTS}, f"record anew: {ANEW}"
+    counted = {str(variant) for variant in VARIANTS if variant.counted}
+    assert recorded_counts[0].keys() == counted, f"record anew: {ANEW}"
+
+
+def test_every_counted_variant_has_a_hot_loop(recorded_counts):
+    """Or else nothing of it is guarded."""
+    for variant, kernels in recorded_counts[0].items():
+        assert kernels, variant
+        for counts in kernels.values():
+            assert counts["loop 1"]["exponentials"] > 0
+            assert counts["loop 1"]["products"] > 0
 
 
 # --- The compiler itself, on small kernels --------------------------------------------------------
@@ -141,12 +164,57 @@ def test_line_info_is_there_when_asked_for(folder, monkeypatch):
 def test_the_gate_sees_a_spill(folder):
     """The same kernel with fewer registers to work with."""
     roomy, tight = (Variant("products", {"BLOCKS": blocks}, "sm_90") for blocks in (1, 2))
-    figures = gate.measure([roomy, tight])
+    figures, _ = gate.measure([roomy, tight])
     now = figures[str(tight)]
     assert now["products"].spill_stores > figures[str(roomy)]["products"].spill_stores
     said = gate.complaints(str(roomy), now, figures)
     assert any("products has spill_stores" in line for line in said)
     assert gate.complaints(str(tight), now, figures) == []
+
+
+# A loop with a matrix product, and an exponential of each of its four numbers of a thread.
+WEIGHTS = """\
+extern "C" __global__ void weights(float* x, unsigned* y, int turns) {
+    float sum = 0.0f;
+    const unsigned b0 = y[threadIdx.x], b1 = y[threadIdx.x + 32];
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+        const unsigned* a = y + 128 * turn + threadIdx.x;
+        float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[32]), "r"(a[64]), "r"(a[96]), "r"(b0), "r"(b1));
+#pragma unroll
+        for (int i = 0; i < 4 + EXTRA; ++i) {
+            float weight;
+            asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(weight) : "f"(c[i % 4] + float(i / 4)));
+            sum += weight;
+        }
+    }
+    x[threadIdx.x] = sum;
+}
+"""
+
+
+@pytest.mark.parametrize("architecture", sorted(instructions.ARCHITECTURES))
+def test_an_exponential_too_many_is_seen(folder, monkeypatch, architecture):
+    (folder / "weights.cu").write_text(WEIGHTS)
+    monkeypatch.setitem(instructions.PRODUCTS, "weights", 1)
+
+    def counts(extra):
+        defines = {"HEAD_DIM": 16, "EXTRA": extra}
+        one = compiler.compile_source("weights", architecture=architecture, defines=defines)
+        return instructions.counted(one)
+
+    before, after = counts(0), counts(1)
+    (loop,) = before["weights"].values()
+    assert loop["exponentials"] == 1.0
+    assert loop["products"] == 0.25
+    assert loop["global_loads"] == 1.0
+    assert instructions.complaints("v", before, {"v": before}, 0.03) == []
+    said = instructions.complaints("v", after, {"v": before}, 0.03)
+    assert "v: weights, loop 1 has 1.25 exponentials a logit, recorded are 1" in said
 
 
 def test_a_source_without_a_kernel_is_not_recorded(folder):

@@ -28,6 +28,8 @@ def kernel(monkeypatch):
     monkeypatch.setattr(launch, "toolkit", lambda: None)
     monkeypatch.setattr(launch, "_stream", lambda pointer: ("stream", pointer))
     monkeypatch.setattr(launch, "_PREPARED", {})
+    monkeypatch.setattr(launch, "_device_name", lambda: "a GPU")
+    monkeypatch.setenv("ISOFORM_GEOMETRIES", "builtin")  # whatever the user of this machine has
     return kernel
 
 

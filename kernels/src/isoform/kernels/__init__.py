@@ -4,6 +4,36 @@ The host side is here, the device side in ``isoform/kernels/cuda``. CuPy is impo
 is launched, PyTorch where its tensors come in, so this package can be imported on any machine.
 """
 
+from isoform.kernels.attention import (
+    attention,
+    attention_backward,
+    attention_block,
+    attention_block_backward,
+    attention_vjp,
+    explain_attention,
+)
 from isoform.kernels.evoformer import evoformer_attention, evoformer_attention_backward, explain
+from isoform.kernels.rotary import (
+    rotary_embedding,
+    rotary_embedding_,
+    rotary_embedding_backward,
+    rotary_embedding_qk,
+    rotary_embedding_qk_,
+)
 
-__all__ = ["evoformer_attention", "evoformer_attention_backward", "explain"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_block",
+    "attention_block_backward",
+    "attention_vjp",
+    "evoformer_attention",
+    "evoformer_attention_backward",
+    "explain",
+    "explain_attention",
+    "rotary_embedding",
+    "rotary_embedding_",
+    "rotary_embedding_backward",
+    "rotary_embedding_qk",
+    "rotary_embedding_qk_",
+]

@@ -69,21 +69,26 @@ def select(call: Call, *, deterministic: bool = False, only: str | None = None) 
     """
     if only is not None and only not in BY_NAME:
         raise ValueError(f"kernel must be one of {', '.join(BY_NAME)}, got {only!r}")
-    declined: list[str] = []
+    why_not: list[str] = []
     for kernel in KERNELS if only is None else (BY_NAME[only],):
         why = reasons(kernel, call, deterministic=deterministic)
         if not why:
             return kernel
-        declined += [f"{kernel.name}: {reason}" for reason in why]
-    raise Unsupported(declined, "isoform.kernels")
+        why_not += [f"{kernel.name}: {reason}" for reason in why]
+    raise Unsupported(why_not, "isoform.kernels")
 
 
 def reasons(kernel: Kernel, call: Call, *, deterministic: bool = False) -> tuple[str, ...]:
     """Why ``kernel`` declines ``call``, with what can be done about it; empty if it does not."""
-    found = [_with_remedy(reason) for reason in kernel.capabilities.unsupported_reasons(call)]
+    found = declined(kernel.capabilities, call)
     if deterministic and not kernel.capabilities.deterministic:
         found.append("deterministic=True")
     return tuple(found)
+
+
+def declined(capabilities: Capabilities, call: Call) -> list[str]:
+    """Why ``call``, of any operation, is not done, each reason with what can be done about it."""
+    return [_with_remedy(reason) for reason in capabilities.unsupported_reasons(call)]
 
 
 def _with_remedy(reason: str) -> str:

@@ -311,23 +311,29 @@ def cached(name: str, *, architecture: str, defines: Mapping[str, Define] = NOTH
         FileNotFoundError, ValueError, CompilerUnavailable, CompileError: As for
             :func:`compile_source`; the third also if the cache cannot be written.
     """
-    known = toolkit()
-    told = [sources(name), options(architecture, defines), known.version, known.headers]
-    key = _hash(json.dumps(told, sort_keys=True).encode())
-    folder = cache_folder()
-    for file in folder.glob(f"*.{key}.*.cubin"):
+    key = _key(name, architecture, defines)
+    for file in cache_folder().glob(f"*.{key}.*.cubin"):
         with suppress(FileNotFoundError):  # another process may just have made room
             if file.name.split(".")[-2] == _hash(file.read_bytes()):
                 with suppress(PermissionError):  # a cache shared read-only is as good
                     os.utime(file)
                 return file
+    return keep(compile_source(name, architecture=architecture, defines=defines))
 
-    cubin = compile_source(name, architecture=architecture, defines=defines).cubin
-    file = folder / f"{name}.{architecture}.{key}.{_hash(cubin)}.cubin"
+
+def keep(compiled: Compiled) -> Path:
+    """Put machine code into the disk cache, and return its file.
+
+    Raises:
+        CompilerUnavailable: The cache cannot be written.
+    """
+    folder = cache_folder()
+    key = _key(compiled.name, compiled.architecture, compiled.defines)
+    file = folder / f"{compiled.name}.{compiled.architecture}.{key}.{_hash(compiled.cubin)}.cubin"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
-            unfinished.write(cubin)
+            unfinished.write(compiled.cubin)
         Path(unfinished.name).replace(file)
     except OSError as error:
         raise CompilerUnavailable(
@@ -338,15 +344,25 @@ def cached(name: str, *, architecture: str, defines: Mapping[str, Define] = NOTH
     return file
 
 
+def _key(name: str, architecture: str, defines: Mapping[str, Define]) -> str:
+    """A hash of all that the compiler reads."""
+    known = toolkit()
+    told = [sources(name), options(architecture, defines), known.version, known.headers]
+    return _hash(json.dumps(told, sort_keys=True).encode())
+
+
 def cache_folder() -> Path:
-    """Where machine code is kept: under ``ISOFORM_CACHE_DIR``, or the user's cache directory."""
+    """Where machine code is kept: under :func:`cache_root`."""
+    return cache_root() / "kernels"
+
+
+def cache_root() -> Path:
+    """``ISOFORM_CACHE_DIR``, or isoform's folder in the user's cache directory."""
     if chosen := os.environ.get("ISOFORM_CACHE_DIR"):
-        root = Path(chosen)
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "isoform"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isoform"
-    return root / "kernels"
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "isoform"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isoform"
 
 
 def forget_old(folder: Path, most: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isoform.kernels.choice import KERNELS, reasons, select
+from isoform.kernels.libraries import is_torch, whereabouts
 from isoform.reference.contract import Call, evoformer_call
 
 
@@ -66,7 +67,7 @@ def evoformer_attention(
     )
     factor = _factor(call, scale)
     chosen = select(call, deterministic=deterministic, only=kernel)
-    if _is_torch(q):
+    if is_torch(q):
         from isoform.kernels import torch_op
 
         present = (q, k, v, mask, mask_bias, pair_bias, gate)
@@ -109,7 +110,7 @@ def evoformer_attention_backward(
         ValueError: As in the forward; dout is not in the shape of the output or not on its device.
         Unsupported: As in the forward.
     """
-    if _is_torch(q):
+    if is_torch(q):
         raise TypeError("q is a PyTorch tensor: its gradients come from autograd, call backward()")
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
     device, architecture = whereabouts(q)
@@ -157,35 +158,12 @@ def explain(
     return {one.name: reasons(one, call, deterministic=deterministic) for one in KERNELS}
 
 
-def whereabouts(x: Any) -> tuple[str, str]:
-    """Where ``x`` lies: the kind of device, and the architecture if that is a GPU."""
-    if _is_torch(x):
-        kind = str(x.device.type)
-        if kind != "cuda":
-            return kind, ""
-        from isoform.kernels import torch_op
-
-        return kind, torch_op.architecture(x.device.index)
-    if not _is_of("cupy", x):
-        return "cpu", ""
-    return "cuda", f"sm_{x.device.compute_capability}"
-
-
 def _factor(call: Call, scale: float | None) -> float:
     return call.shape.D**-0.5 if scale is None else float(scale)
 
 
 def _present(q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> dict[str, Any]:
     return {"q": q, "k": k, "v": v} | {name: x for name, x in operands.items() if x is not None}
-
-
-def _is_torch(x: Any) -> bool:
-    return _is_of("torch", x)
-
-
-def _is_of(library: str, x: Any) -> bool:
-    """Whether ``x`` is an array of ``library`` or of a class made from one. Imports neither."""
-    return any(base.__module__.partition(".")[0] == library for base in type(x).__mro__)
 
 
 def _check_cotangent(dout: Any, q: Any) -> None:

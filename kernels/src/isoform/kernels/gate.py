@@ -4,13 +4,16 @@ No continuous-integration machine has a GPU, but each can compile for all of the
 still compiles may have become slow without a test failing: one variable too many, and its registers
 spill to memory or half as many blocks fit on a multiprocessor. So the assembler's figures are
 recorded, a line each, in ``kernels/compile_gate.jsonl``, and :func:`complaints` says which of the
-present ones are worse than those.
+present ones are worse than those. So are the instructions of the tensor-core kernels' hot loops, in
+``kernels/instruction_counts.jsonl`` (:mod:`isoform.kernels.instructions`).
 
 The figures depend on the compiler's version; the gate refuses to compare across versions, and the
 checks pin one. After a change that is meant to cost what it costs (or gains), record anew and have
 the difference reviewed with the change::
 
     python -m isoform.kernels.gate kernels/compile_gate.jsonl
+
+which writes both records.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from isoform.kernels import plain, tensor
+from isoform.kernels import (
+    attention_plain,
+    attention_tensor,
+    instructions,
+    plain,
+    rotary_launch,
+    tensor,
+)
 from isoform.kernels.compiler import (
     Compiled,
     Define,
@@ -40,6 +50,12 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 REGISTERS_AT_A_TIME = 8
 """A thread is given registers in eights: 97 cost what 104 do, and 105 may cost a block."""
 
+INSTRUCTIONS = "instruction_counts.jsonl"
+"""The name of the second record, in the folder of the first."""
+
+NEVER_SPILL = ("evoformer_tensor_", "attention_tensor_", "rotary ")
+"""How the names of variants begin whose kernels may not spill a register."""
+
 Figures = dict[str, dict[str, Resources]]
 """Of every variant, by its name as a string, what each of its kernels takes."""
 
@@ -55,6 +71,15 @@ class Variant:
     def __str__(self) -> str:
         chosen = (f"{key}={value}" for key, value in self.defines.items())
         return " ".join([self.name, *chosen, self.architecture])
+
+    @property
+    def counted(self) -> bool:
+        """Whether the instructions of its loops are counted: one element type says enough."""
+        return (
+            self.name in instructions.PRODUCTS
+            and self.architecture in instructions.ARCHITECTURES
+            and self.defines["ELEMENT"] == tensor.ELEMENTS["bfloat16"]
+        )
 
     def compile(self) -> Compiled:
         """Compile it; what :func:`~isoform.kernels.compiler.compile_source` raises, this does."""
@@ -84,7 +109,12 @@ TENSOR_CHOICES = (
 
 def variants() -> list[Variant]:
     """Every variant that the gate compiles."""
-    return [*_plain(), *(one for name in tensor.PASSES for one in _tensor(name))]
+    return [
+        *_plain(),
+        *(one for name in tensor.PASSES for one in _tensor(name)),
+        *_rotary(),
+        *_attention(),
+    ]
 
 
 def _plain() -> Iterator[Variant]:
@@ -116,31 +146,88 @@ def _tensor(name: str) -> Iterator[Variant]:
         yield one("bfloat16", 32, chosen, "sm_90")
 
 
-def spills(figures: Figures) -> list[str]:
-    """The tensor-core kernels that spill, a sentence each. They never may.
+def _rotary() -> Iterator[Variant]:
+    """Rows of any kind on an architecture; on each, those that a model has, in both layouts."""
+    bfloat16, float32 = (plain.ELEMENTS[dtype] for dtype in ("bfloat16", "float32"))
 
-    Their inner loops are as fast as registers are, and a tile that does not fit is one to be cut
-    smaller in :data:`isoform.kernels.tensor.GEOMETRIES`. The plain kernel's figures are recorded,
+    def one(element: int, vector: int, interleaved: int, architecture: str) -> Variant:
+        chosen = {"ELEMENT": element, "WIDTH": vector, "INTERLEAVED": interleaved}
+        return Variant(rotary_launch.SOURCE, chosen, architecture)
+
+    for interleaved in (0, 1):
+        for architecture in ("sm_75", *ARCHITECTURES):
+            yield one(bfloat16, 8, interleaved, architecture)
+            yield one(float32, 4, interleaved, architecture)
+        yield one(plain.ELEMENTS["float16"], 8, interleaved, "sm_90")
+        for vector in (1, 2, 4):
+            yield one(bfloat16, vector, interleaved, "sm_90")
+        for vector in (1, 2):
+            yield one(float32, vector, interleaved, "sm_90")
+
+
+def _attention() -> Iterator[Variant]:
+    """Each head dim with positions on each architecture, and those that models have without them,
+    too; the plain kernel in each element type.
+    """
+    for name in attention_tensor.PASSES:
+        for D in attention_tensor.HEAD_DIMS:
+            common = D in (64, 128)
+            for architecture in ARCHITECTURES:
+                yield _attention_tensor(name, "bfloat16", D, architecture)
+                if common or architecture == "sm_80":
+                    yield _attention_tensor(name, "bfloat16", D, architecture, places=False)
+            if common:
+                yield _attention_tensor(name, "float16", D, "sm_90")
+        yield _attention_tensor(name, "bfloat16", 64, "sm_90", aligned=False)
+    for dtype, element in plain.ELEMENTS.items():
+        for architecture in ("sm_75", *ARCHITECTURES):
+            yield Variant("attention_delta", {"ELEMENT": element}, architecture)
+        for D in plain.HEAD_DIMS if dtype == "float32" else (64,):
+            yield Variant(attention_plain.SOURCE, plain.defines(dtype, D), "sm_90")
+    for architecture in ("sm_75", *ARCHITECTURES):
+        yield Variant("attention_spans", {}, architecture)
+        if architecture != "sm_90":
+            yield Variant(attention_plain.SOURCE, plain.defines("float32", 128), architecture)
+
+
+def _attention_tensor(
+    name: str, dtype: str, D: int, architecture: str, places: bool = True, aligned: bool = True
+) -> Variant:
+    defines = attention_tensor.variant(name, dtype, D, places=places, aligned=aligned)
+    return Variant(f"attention_tensor_{name}", defines, architecture)
+
+
+def spills(figures: Figures) -> list[str]:
+    """The kernels of :data:`NEVER_SPILL` that do, a sentence each.
+
+    The inner loops of tensor-core kernels are as fast as registers are, and a tile that does not
+    fit is one to be cut smaller in :data:`isoform.kernels.tensor.GEOMETRIES`. The rotary kernel is
+    to do nothing with memory but read and write its rows. The plain kernel's figures are recorded,
     as all are, but it may spill.
     """
     return [
         f"{variant}: {kernel} spills {taken.spill_stores} bytes and reads {taken.spill_loads} back"
         for variant, kernels in figures.items()
-        if variant.startswith("evoformer_tensor_")
+        if variant.startswith(NEVER_SPILL)
         for kernel, taken in kernels.items()
         if taken.spill_stores or taken.spill_loads
     ]
 
 
-def resources_of(variant: Variant) -> dict[str, Resources]:
-    """Compile one variant and read what its kernels take."""
-    return resources(variant.compile().log)
+Taken = tuple[dict[str, Resources], dict[str, instructions.Counts]]
+
+
+def taken(variant: Variant) -> Taken:
+    """Compile one variant and read what its kernels take, and its loops do, if it is counted."""
+    compiled = variant.compile()
+    counts = instructions.counted(compiled) if variant.counted else {}
+    return resources(compiled.log), counts
 
 
 def measure(
-    chosen: Iterable[Variant], each: Callable[..., Iterable[dict[str, Resources]]] = map
-) -> Figures:
-    """Compile each variant and read what its kernels take.
+    chosen: Iterable[Variant], each: Callable[..., Iterable[Taken]] = map
+) -> tuple[Figures, instructions.Recorded]:
+    """Compile each variant and read what its kernels take, and what the loops do that are counted.
 
     Args:
         chosen: The variants.
@@ -150,10 +237,12 @@ def measure(
         ValueError: There is a variant without a kernel: to the compiler that is no error.
     """
     asked = tuple(chosen)
-    figures = dict(zip(map(str, asked), each(resources_of, asked), strict=True))
+    found = tuple(zip(asked, each(taken, asked), strict=True))
+    figures = {str(variant): kernels for variant, (kernels, _) in found}
+    counts = {str(variant): loops for variant, (_, loops) in found if variant.counted}
     if empty := [variant for variant, found in figures.items() if not found]:
         raise ValueError(f"no kernels in {', '.join(empty)}")
-    return figures
+    return figures, counts
 
 
 def complaints(variant: str, found: Mapping[str, Resources], recorded: Figures) -> list[str]:
@@ -208,15 +297,16 @@ def write(record: Path, compiler: str, figures: Figures) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile every variant and record what it takes."""
+    """Compile every variant and record what it takes, and beside that what its hot loops do."""
     parser = argparse.ArgumentParser(
         prog="python -m isoform.kernels.gate", description=main.__doc__
     )
     parser.add_argument("record", type=Path, help="the file to write, kernels/compile_gate.jsonl")
     record = parser.parse_args(arguments).record
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        figures = measure(variants(), pool.map)
+        figures, counts = measure(variants(), pool.map)
     write(record, compiler_version(), figures)
+    instructions.write(record.with_name(INSTRUCTIONS), compiler_version(), counts)
 
 
 if __name__ == "__main__":

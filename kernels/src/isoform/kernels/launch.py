@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from isoform.kernels.arguments import ARGUMENTS, View, pack, place_of
+from isoform.kernels.arguments import EVOFORMER, Struct, View
 from isoform.kernels.compiler import Define, load, toolkit
-from isoform.reference.contract import Shape
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,27 @@ class Work:
     counts: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
-Pass = Callable[[Shape, str, Mapping[str, View]], Work]
-"""Makes the work of a forward or a backward, by the shape, the dtype and how the arrays lie."""
+Pass = Callable[[Any, str, Mapping[str, View]], Work]
+"""Makes the work of a forward or a backward, by the shape (of the operation's own class), the dtype
+and how the arrays lie."""
 
-Description = tuple[Shape, str, Mapping[str, View]]
+Description = tuple[Any, str, Mapping[str, View]]
 """What a pass is given."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """The work of one pass of any operation, and what its kernels are told.
+
+    Attributes:
+        work: The work.
+        arguments: The struct that all its kernels take, a NumPy record.
+        places: Where pointers are in it, in bytes: those of the arrays, then of the scratch memory.
+    """
+
+    work: Work
+    arguments: np.ndarray[Any, Any] = field(hash=False)
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,7 @@ class Prepared:
     _functions: Sequence[tuple[Any, tuple[int], tuple[int, ...], int]]
     _template: np.ndarray[Any, Any]
     _places: np.ndarray[Any, Any]
+    _opaque: np.dtype[Any]  # CuPy describes a struct field by field, slowly
 
     def launch(self, pointers: Sequence[int], stream: int) -> None:
         """Launch on the current device; returns before the GPU has done it.
@@ -87,19 +103,22 @@ class Prepared:
         """
         words = self._template.copy()
         words[self._places] = pointers
-        arguments = (words.view(_OPAQUE)[0],)
+        arguments = (words.view(self._opaque)[0],)
         external = _stream(stream)
         for function, blocks, threads, shared_bytes in self._functions:
             function(blocks, threads, arguments, shared_bytes, external)
 
 
-_OPAQUE = np.dtype((np.void, ARGUMENTS.itemsize))  # CuPy describes a struct field by field, slowly
 _PREPARED: dict[Hashable, Prepared] = {}
 _MOST = 1024
 
 
 def prepared(
-    key: Hashable, one: Pass, described: Callable[[], Description], scale: float
+    key: Hashable,
+    one: Pass,
+    described: Callable[[], Description],
+    scale: float,
+    struct: Struct = EVOFORMER,
 ) -> Prepared:
     """The pass known by ``key``, made if it is new.
 
@@ -108,33 +127,59 @@ def prepared(
         one: The pass.
         described: Says what it is given; asked only if the pass is new.
         scale: The factor of the logits.
+        struct: What the operation's kernels are told.
+    """
+
+    def told() -> Told:
+        from isoform.kernels.geometries import of_device  # it knows what passes launch
+
+        shape, dtype, views = described()
+        with of_device(_device_name()):
+            work = one(shape, dtype, views)
+        places = tuple(map(struct.place_of, (*views, *work.scratch)))
+        return Told(work, struct.pack(shape, views, scale, work.counts), places)
+
+    return kept(key, told)
+
+
+def kept(key: Hashable, told: Callable[[], Told]) -> Prepared:
+    """What is known by ``key``, ready to be launched, made if it is new.
+
+    Args:
+        key: All that it depends on but the addresses, the device included.
+        told: Makes it; asked only if it is new.
     """
     if key not in _PREPARED:
         if len(_PREPARED) >= _MOST:
             _PREPARED.clear()
-        _PREPARED[key] = _prepare(one, *described(), scale)
+        toolkit()  # says what to install where CuPy is missing
+        _PREPARED[key] = _prepare(told())
     return _PREPARED[key]
 
 
-def _prepare(
-    one: Pass, shape: Shape, dtype: str, views: Mapping[str, View], scale: float
-) -> Prepared:
-    toolkit()  # says what to install where CuPy is missing
-    work = one(shape, dtype, views)
+def _prepare(told: Told) -> Prepared:
     functions = []
-    for each in work.launches:
+    for each in told.work.launches:
         function = load(each.source, defines=each.defines).get_function(each.kernel)
         if each.shared_bytes > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = each.shared_bytes
         functions.append((function.kernel, (each.blocks,), each.threads, each.shared_bytes))
-    packed = pack(shape, views, scale, work.counts)
-    names = (*views, *work.scratch)
     return Prepared(
-        work.scratch,
+        told.work.scratch,
         tuple(functions),
-        np.frombuffer(packed.tobytes(), np.uint64),
-        np.array([place_of(name) // 8 for name in names]),
+        np.frombuffer(told.arguments.tobytes(), np.uint64),
+        np.array(told.places, np.intp) // 8,
+        np.dtype((np.void, told.arguments.dtype.itemsize)),
     )
+
+
+def _device_name() -> str:
+    """The name of the current device."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    name: bytes = runtime.getDeviceProperties(runtime.getDevice())["name"]
+    return name.decode()
 
 
 @cache

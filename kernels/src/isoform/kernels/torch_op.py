@@ -9,7 +9,7 @@ numbers for each query.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from isoform.kernels.arguments import View
 from isoform.kernels.choice import BY_NAME, Kernel
 from isoform.kernels.launch import Description, Pass, prepared
+from isoform.kernels.torch_library import LIBRARY, operation
 from isoform.reference.contract import DIFFERENTIABLE, Shape, dtype_name
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -34,12 +35,6 @@ def forward(
     save = differentiable and bool(kernel.saved)
     out, lse, _ = attention(*operands, scale, kernel.name, return_lse, save)
     return out, lse
-
-
-def architecture(device: int) -> str:
-    """The architecture of a GPU, such as ``"sm_90"``."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def _attention(
@@ -105,24 +100,8 @@ def _fake_backward(dout: Tensor, *others: Any) -> list[Tensor]:
     return _empty_gradients(_present(*operands), wanted)
 
 
-_LIBRARY = torch.library.Library("isoform", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _operation(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operation of PyTorch's, on CUDA tensors.
-
-    Not by `torch.library.custom_op`, whose first call imports the compiler of PyTorch, which takes
-    longer than ours.
-    """
-    schema = torch.library.infer_schema(run, mutates_args=())
-    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, run, "CUDA")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"isoform::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.isoform, name).default
-
-
-attention = _operation("evoformer_attention", _attention, _fake)
-attention_backward = _operation("evoformer_attention_backward", _attention_backward, _fake_backward)
+attention = operation("evoformer_attention", _attention, _fake)
+attention_backward = operation("evoformer_attention_backward", _attention_backward, _fake_backward)
 
 
 def _setup_context(
@@ -157,9 +136,9 @@ def _refuse(ctx: Any, *gradients: Any) -> Any:
 
 
 torch.library.register_autograd(
-    "isoform::evoformer_attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY
+    "isoform::evoformer_attention", _differentiate, setup_context=_setup_context, lib=LIBRARY
 )
-torch.library.register_autograd("isoform::evoformer_attention_backward", _refuse, lib=_LIBRARY)
+torch.library.register_autograd("isoform::evoformer_attention_backward", _refuse, lib=LIBRARY)
 
 
 def _present(

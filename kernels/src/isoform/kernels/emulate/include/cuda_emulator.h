@@ -194,6 +194,18 @@ constexpr T max(T a, T b) {
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+    return static_cast<unsigned>((std::uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+    return static_cast<unsigned>(std::uint64_t{a} * b >> 32);
+}
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
+inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
@@ -215,6 +227,14 @@ To same_bits(From from) {
     return to;
 }
 }  // namespace isoform::emulate
+
+// What does not fit becomes the nearest that does, and NaN 0.
+inline unsigned __float2uint_rn(float x) {
+    if (!(x > 0)) {
+        return 0;
+    }
+    return x >= 0x1p32f ? UINT_MAX : static_cast<unsigned>(std::nearbyint(x));
+}
 
 inline float __int_as_float(int x) { return isoform::emulate::same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return isoform::emulate::same_bits<float>(x); }
