@@ -17,6 +17,7 @@ from isoform.conformance.attention.cases import (
     LENGTHS,
     MASKS,
     MODELS,
+    RANKS,
     RINGS,
     WINDOWS,
     shape_of,
@@ -284,3 +285,15 @@ def test_every_argument_has_a_wrong_call() -> None:
     about = {invalid.about for invalid in INVALID_CALLS}
     assert about == {"q", "k", "v", "heads", "scale", *OPTIONS}
     assert len({invalid.name for invalid in INVALID_CALLS}) == len(INVALID_CALLS)
+
+
+def test_what_is_hard_to_divide_among_eight_ranks_is_there() -> None:
+    cases = having("ranks")
+    assert len(cases) == sum(len(masks) * len(dtypes) for _, masks, dtypes in RANKS.values())
+    assert {case.dtype for case in cases} == {*FORMATS}
+    assert {case.shape.Q for case in cases} >= {0, 7}  # none, and fewer than ranks
+    assert {case.shape.H for case in cases} >= {3, 12}  # fewer than ranks, and no multiple
+    assert all(case.shape.Q == case.shape.K for case in cases)
+    assert {name for case in cases for name in case.operands} == {
+        "causal", "window", "positions", "segments",
+    }  # fmt: skip

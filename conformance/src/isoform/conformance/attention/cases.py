@@ -110,6 +110,26 @@ RINGS: dict[str, tuple[str, tuple[int, int], frozenset[str], tuple[tuple[str, An
     "million": ("million", (64, 64), SHARDS, (*CAUSAL, ("window", (1 << 19, 0)))),
 }
 
+# What is hard to divide among ranks: fewer positions than ranks, heads that are no multiple of
+# theirs, fewer heads than ranks; with which kinds of mask, in which dtypes.
+RANKS: dict[str, tuple[SequenceShape, tuple[str, ...], tuple[str, ...]]] = {
+    "ranks-0": (SequenceShape(1, 0, 0, 2, 2, 16), ("causal",), ("float32",)),
+    "ranks-7": (
+        SequenceShape(2, 7, 7, 4, 2, 16), ("causal", "packed-causal"), ("float32", "bfloat16"),
+    ),
+    "ranks-heads-3-1": (
+        SequenceShape(1, 29, 29, 3, 1, 16), ("bare", "window-causal"), ("float32",),
+    ),
+    "ranks-heads-12-4": (
+        SequenceShape(2, 41, 41, 12, 4, 16),
+        ("causal", "window", "packed-causal", "padded-causal-window", "per-example"),
+        ("float32", "bfloat16"),
+    ),
+    "ranks-heads-12-6": (
+        SequenceShape(1, 64, 64, 12, 6, 16), ("causal",), ("float64", "float16"),
+    ),
+}  # fmt: skip
+
 # What each adversarial recipe asks for, with which options, and whether gradients are checked.
 ADVERSARIAL: dict[str, tuple[frozenset[str], tuple[tuple[str, Any], ...], bool]] = {
     "large-logits": (frozenset(), CAUSAL, True),
@@ -219,6 +239,13 @@ def _rings() -> Iterator[Case]:
         yield _case("ring", shape, dtype, places, name, tags, options, values=values)
 
 
+def _ranks() -> Iterator[Case]:
+    for sizes, (shape, masks, dtypes) in RANKS.items():
+        for name, dtype in product(masks, dtypes):
+            values, places, options = MASKS[name]
+            yield _case(sizes, shape, dtype, places, name, {"ranks"}, options, values=values)
+
+
 def _lengths() -> Iterator[Case]:
     for length, dtype in product(LENGTHS, ("float32", "bfloat16")):
         tags = {"length", "edge", *(["quick"] if length in (1, 17, 65) else [])}
@@ -306,6 +333,7 @@ CASES: dict[str, Case] = {
         _masks,
         _windows,
         _rings,
+        _ranks,
         _lengths,
         _head_dims,
         _heads,

@@ -16,9 +16,12 @@ import numpy as np
 from isoform.conformance.dtypes import Array
 from isoform.conformance.implementation import Implementation
 from isoform.conformance.implementations import cuda
+from isoform.conformance.implementations.emulated_attention import CUDA_EMULATED_ATTENTION
+from isoform.conformance.implementations.emulated_rotary import CUDA_EMULATED_ROTARY
+from isoform.conformance.implementations.emulation import in_every_order, unwritten
 from isoform.kernels.arguments import View, pack
 from isoform.kernels.choice import Kernel, select
-from isoform.kernels.emulate import ORDERS, KernelFault, Order, build
+from isoform.kernels.emulate import Order, build
 from isoform.kernels.launch import Pass
 from isoform.reference.contract import DIFFERENTIABLE, Call, evoformer_call
 from isoform.reference.numpy.evoformer import Gradients, check_cotangent, resolve_scale
@@ -62,7 +65,7 @@ def evoformer_attention(
     made: Made = {"out": (q.shape, q.dtype)}
     if return_lse:
         made["lse"] = call.shape.of("lse"), np.dtype(np.float32)
-    results = _in_every_order([kernel.forward], call, operands, factor, made)
+    results = _run([kernel.forward], call, operands, factor, made)
     return (results["out"], results["lse"]) if return_lse else results["out"]
 
 
@@ -103,7 +106,7 @@ def evoformer_attention_backward(
             name: (call.shape.of("lse"), np.dtype(f"u{size}"))
             for name, size in kernel.saved.items()
         }
-    results = _in_every_order(passes, call, {**operands, "dout": dout}, factor, made)
+    results = _run(passes, call, {**operands, "dout": dout}, factor, made)
     return Gradients(
         dq=results["dq"],
         dk=results["dk"],
@@ -120,6 +123,7 @@ CUDA_EMULATED = Implementation(
     capabilities=CAPABILITIES,
     forward=evoformer_attention,
     backward=evoformer_attention_backward,
+    others=(CUDA_EMULATED_ROTARY, CUDA_EMULATED_ATTENTION),
 )
 
 
@@ -128,7 +132,7 @@ def _kernel(call: Call) -> Kernel:
     return select(replace(call, device="cuda", architecture="sm_80"))
 
 
-def _in_every_order(
+def _run(
     passes: Sequence[Pass],
     call: Call,
     operands: Mapping[str, Array],
@@ -138,11 +142,11 @@ def _in_every_order(
     """What the launches write, results as ``made`` lists, in memory made anew for each order."""
 
     def run(order: Order) -> dict[str, Array]:
-        results = {name: _unwritten(*each) for name, each in made.items()}
+        results = {name: unwritten(*each) for name, each in made.items()}
         for one in passes:
             views = _views({**operands, **results})
             work = one(call.shape, call.dtype, views)
-            scratch = {name: _unwritten(shape, np.float32) for name, shape in work.scratch.items()}
+            scratch = {name: unwritten(shape, np.float32) for name, shape in work.scratch.items()}
             views |= _views(scratch)
             arguments = pack(call.shape, views, scale, work.counts).tobytes()
             for launch in work.launches:
@@ -156,15 +160,7 @@ def _in_every_order(
                 )
         return results
 
-    first, *others = (run(order) for order in ORDERS)
-    for order, results in zip(ORDERS[1:], others, strict=True):
-        differing = [name for name, x in first.items() if x.tobytes() != results[name].tobytes()]
-        if differing:
-            raise KernelFault(
-                f"{', '.join(differing)} differ between threads in {ORDERS[0]} order and in "
-                f"{order}: a barrier is missing, or two threads write to one place"
-            )
-    return first
+    return in_every_order(run)
 
 
 def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
@@ -172,13 +168,6 @@ def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
         name: View.of(x.ctypes.data, x.shape, tuple(step // x.itemsize for step in x.strides))
         for name, x in arrays.items()
     }
-
-
-def _unwritten(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Memory for a result, all bits set: what is not written to it is seen as NaN."""
-    bits = np.full((*shape, np.dtype(dtype).itemsize), 0xFF, np.uint8)
-    unwritten: Array = bits.view(dtype)[..., 0]
-    return unwritten
 
 
 def _optional(mask: Any, mask_bias: Any, pair_bias: Any, gate: Any) -> dict[str, Any]:
