@@ -10,7 +10,7 @@ Exit codes: 0 all passed, 1 something is wrong, 2 the command line is, 3 nothing
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import IntEnum, StrEnum
@@ -23,6 +23,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from isoform.conformance.case import Case
     from isoform.conformance.implementation import Implementation
+    from isoform.conformance.ranks import Ranks
     from isoform.conformance.run import Run
 
 
@@ -55,6 +56,14 @@ class Framework(StrEnum):
     """Array libraries."""
 
     numpy = "numpy"
+    torch = "torch"
+
+
+class Communicator(StrEnum):
+    """What joins ranks."""
+
+    simulated = "simulated"
+    mpi = "mpi"
     torch = "torch"
 
 
@@ -132,6 +141,12 @@ def _complete_cases(incomplete: str) -> list[str]:
     return [case_id for case_id in CASES if case_id.startswith(incomplete)]
 
 
+def _complete_topologies(incomplete: str) -> list[str]:
+    from isoform.parallel.planner import topologies
+
+    return [name for name in topologies() if name.startswith(incomplete)]
+
+
 def _complete_tags(incomplete: str) -> list[str]:
     from isoform.conformance.operations import CASES
 
@@ -207,6 +222,33 @@ OfOperation = Annotated[
         autocompletion=_complete_operations,
     ),
 ]
+OverRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks",
+        metavar="P",
+        min=1,
+        help="Over how many ranks to run those that run over many, [cyan]parallel/…[/]; they are "
+        "started here. [dim]4 if not said.[/] Without any names: only those.",
+    ),
+]
+JoinedBy = Annotated[
+    Communicator | None,
+    typer.Option(
+        "--communicator",
+        help="What the ranks are. simulated: threads of one process, which name a deadlock. mpi: "
+        "processes started by mpiexec. torch: processes joined by gloo, with PyTorch tensors. "
+        "[dim]simulated if not said.[/]",
+    ),
+]
+Limit = Annotated[
+    float,
+    typer.Option(
+        "--limit",
+        metavar="SECONDS",
+        help="What a call over ranks may take before mpi's or torch's are all ended.",
+    ),
+]
 Json = Annotated[
     str,
     typer.Option(
@@ -226,6 +268,22 @@ Quiet = Annotated[
 ]
 Failures = Annotated[
     int, typer.Option("--failures", metavar="N", min=0, help="Show this many failed cases in full.")
+]
+
+
+Captured = Annotated[
+    Path | None,
+    typer.Option(
+        "--file",
+        metavar="FILE",
+        help="Instead of a case: a call kept in a file, by capture, shrink or fuzz.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+OneCall = Annotated[
+    str,
+    typer.Option("--call", metavar="CALL", help="Which call of the file, if it holds several."),
 ]
 
 
@@ -285,12 +343,28 @@ def _load(name: str, framework: str, operation: str = "") -> Implementation:
     return found
 
 
+def _over(size: int | None, communicator: Communicator | None, limit: float) -> Ranks | None:
+    """The ranks asked for, or None; leaves where they cannot be had."""
+    if size is None and communicator is None:
+        return None
+    from isoform.conformance.ranks import Ranks
+
+    joined = communicator or Communicator.simulated
+    ranks = Ranks(size or Ranks.size, joined.value, limit)
+    try:
+        ranks.require()
+    except ImportError as missing:
+        _fail(str(missing))
+    return ranks
+
+
 def _implementations(
-    names: Sequence[str], framework: str, operation: str, device: str
+    names: Sequence[str], framework: str, operation: str, device: str, over: Ranks | None = None
 ) -> tuple[list[Implementation], dict[str, str]]:
     """All that are named, each once, and where those were found that are not registered.
 
-    With no names, all that are registered and can run on this device.
+    With no names, all that are registered and can run on this device: over ranks where ``over``
+    says which, else those that run in one place.
     """
     from isoform.conformance.registry import registered
 
@@ -299,10 +373,16 @@ def _implementations(
         for name in registered():
             if isinstance(found := _find(name, framework), str):
                 _say(f"not judged: {found}")
-            elif any(device in one.capabilities.devices for one in found.offers):
-                there.append(found)
+            elif (found.spread is None) == (over is None) and any(
+                device in one.capabilities.devices for one in found.offers
+            ):
+                there.append(found if over is None else found.on(over))
         return there, {}
     loaded = {name: _load(name, framework, operation) for name in dict.fromkeys(names)}
+    if over is not None:
+        if all(found.spread is None for found in loaded.values()):
+            _fail(f"--ranks, --communicator: none of {', '.join(loaded)} runs over ranks")
+        loaded = {name: found.on(over) for name, found in loaded.items()}
     called = [implementation.name for implementation in loaded.values()]
     chosen = [  # two that have the same name are called what they were given as
         replace(found, name=name) if called.count(found.name) > 1 else found
@@ -337,6 +417,33 @@ def _cases(
     if not cases and not (patterns and named):
         _fail("nothing ran: no case has all of these properties", Code.NOTHING_RAN)
     return cases, named if patterns else frozenset(once)
+
+
+def _one_case(case_id: str, file: Path | None, call: str) -> Case:
+    """The case called ``case_id``, or the call of ``file``; leaves unless it is one."""
+    from isoform.conformance.case import UnknownName, select
+    from isoform.conformance.operations import CASES
+
+    if bool(case_id) == (file is not None):
+        _fail("say which call: --case ID, or --file FILE, and --call where it holds several")
+    known: Mapping[str, Case] = CASES
+    pattern = case_id
+    if file is not None:
+        from isoform.conformance.replay import cases as recorded
+
+        try:
+            known = recorded(file)
+        except ValueError as problem:
+            _fail(str(problem))
+        pattern = f"*/{call or '*'}"
+    try:
+        found = select(known, patterns=[pattern])
+    except UnknownName as problem:
+        _fail(str(problem))
+    if len(found) > 1:
+        calls = ", ".join(each.id.rpartition("/")[2] if file else each.id for each in found[:4])
+        _fail(f"{len(found)} calls are meant, one is wanted: {calls} …")
+    return found[0]
 
 
 def _architecture(device: Device) -> str:
@@ -450,6 +557,7 @@ def isoform(
         "isoform list",
         "isoform list --capabilities torch-sdpa",
         "isoform list --cases --tag model --dtype bf16",
+        "isoform list --peers",
         "isoform list --json",
         codes=False,
     ),
@@ -467,6 +575,10 @@ def list_(
         bool, typer.Option("--capabilities", help="Print what each implementation declares.")
     ] = False,
     cases: Annotated[bool, typer.Option("--cases", help="Print the cases instead.")] = False,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Print other people's kernels that can be judged by name."),
+    ] = False,
     case: Pattern = None,
     tag: Tag = None,
     dtype: Dtype = None,
@@ -489,7 +601,7 @@ def list_(
         else:
             print_cases(console(), chosen)
         return
-    entries = _entries(names or (), framework, operation)
+    entries = _peers() if peers else _entries(names or (), framework, operation)
     if json:
         import json as js
 
@@ -521,6 +633,18 @@ def _entries(names: Sequence[str], framework: str, operation: str) -> dict[str, 
             "framework": found.framework,
             "capabilities": declared(found),
         }
+    return entries
+
+
+def _peers() -> dict[str, dict[str, Any]]:
+    """Peers as plain data: what they declare, or why they are not run here."""
+    from isoform.conformance.peers import PEERS
+
+    entries = {}
+    for name, peer in PEERS.items():
+        entries[name] = {"available": False, "why": f"{peer.function} {peer.why_not()}"}
+        if not peer.why_not():
+            entries[name] = _entries([name], "torch", "")[name]
     return entries
 
 
@@ -561,6 +685,7 @@ def _cases_as_json(cases: Sequence[Case]) -> str:
         "isoform check torch-sdpa torch-flex --tag quick",
         "isoform check numpy --case 'evoformer/triangle-*' --dtype fp32",
         "isoform check --impl mymodule:attention --tag quick",
+        "isoform check parallel/ring-zigzag --ranks 4 --communicator mpi",
         "isoform check torch-sdpa --json run.json --junit junit.xml --html report.html",
     ),
 )
@@ -583,6 +708,9 @@ def check(
     large: Large = False,
     framework: Arrays = Framework.torch,
     operation: OfOperation = "",
+    ranks: OverRanks = None,
+    communicator: JoinedBy = None,
+    limit: Limit = 60.0,
     json: Json = "",
     junit: Junit = None,
     html: Html = None,
@@ -610,7 +738,11 @@ def check(
     }
     cases, once = _cases(case, tag, dtype, sorted(invalid | memory))
     chosen, sources = _implementations(
-        [*(names or ()), *(impl or ())], framework, operation, device
+        [*(names or ()), *(impl or ())],
+        framework,
+        operation,
+        device,
+        _over(ranks, communicator, limit),
     )
     architecture = _architecture(device)
 
@@ -647,6 +779,8 @@ def check(
         "isoform compare torch-reference torch-sdpa --tag quick",
         "isoform compare numpy mymodule:attention --case evoformer/length-17/fp32/all-operands",
         "isoform compare torch-reference torch-flex --dtype bf16 --json",
+        "isoform compare numpy mymodule:attention --case evoformer/length-65/fp32/all-operands "
+        "--explain",
     ),
 )
 def compare(
@@ -668,6 +802,20 @@ def compare(
     every: Annotated[
         bool, typer.Option("--every", help="Print each case, not only where the two differ most.")
     ] = False,
+    file: Captured = None,
+    call: OneCall = "",
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Of one case: walk through the definition and say at which step, tile and "
+            "coordinate the two part.",
+        ),
+    ] = False,
+    tile: Annotated[
+        int,
+        typer.Option("--tile", metavar="N", min=1, help="Queries and keys of a tile, to explain."),
+    ] = 64,
     device: OnDevice = Device.cpu,
     large: Large = False,
     framework: Arrays = Framework.torch,
@@ -684,11 +832,16 @@ def compare(
     from isoform.conformance.compare import compare as measure
     from isoform.conformance.console import console, print_comparison, progress
 
-    cases, _ = _cases(case, tag, dtype)
+    if explain or file is not None:
+        cases = [_one_case(next(iter(case or ()), ""), file, call)]
+    else:
+        cases, _ = _cases(case, tag, dtype)
     first, second = _load(a, framework, operation), _load(b, framework, operation)
     if first.name == second.name:
         first, second = replace(first, name=a), replace(second, name=b if a != b else f"{b} again")
     architecture = _architecture(device)
+    if explain:
+        _explain(first, second, cases[0], tile, device, json)
     with progress(len(cases)) as step:
         comparison = measure(
             first,
@@ -706,6 +859,42 @@ def compare(
     raise typer.Exit(Code.PASS if comparison.within else Code.WRONG)
 
 
+def _explain(
+    a: Implementation, b: Implementation, case: Case, tile: int, device: Device, json: str
+) -> NoReturn:
+    """Print where two implementations part, and leave."""
+    from isoform.conformance.console import console, print_explanation
+    from isoform.conformance.explain import Unexplained
+    from isoform.conformance.explain import explain as walk
+
+    try:
+        found = walk(a, b, case, tile=tile, device=device)
+    except Unexplained as problem:
+        _fail(str(problem), Code.NOTHING_RAN)
+    print_explanation(console(stderr=json == "-"), found)
+    if json:
+        import json as js
+
+        from isoform.conformance.run import plain
+
+        _write_json(js.dumps(plain(found.as_json()), indent=1), json)
+    raise typer.Exit(Code.WRONG if found.faults else Code.PASS)
+
+
+def _write_matrix(paths: Sequence[Path], target: Path) -> None:
+    """Write the page of implementations × behaviours, and say where it is."""
+    from isoform.conformance.matrix import html, read
+    from isoform.conformance.run import write_whole
+
+    try:
+        found = [record for path in paths for record in read(path)]
+    except ValueError as problem:
+        _fail(str(problem))
+    with _written_to(target):
+        write_whole(html(found), target)
+    typer.echo(target)
+
+
 @app.command(
     cls=_Command,
     epilog=_epilog(
@@ -716,14 +905,36 @@ def compare(
 )
 def report(
     record: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="RUN.json",
+            metavar="[RUN.json]",
             help="What [cyan]isoform check --json[/] wrote.",
             exists=True,
             dir_okay=False,
         ),
-    ],
+    ] = None,
+    benchmarks: Annotated[
+        Path | None,
+        typer.Option(
+            "--benchmarks",
+            metavar="RECORDS.jsonl",
+            help="Benchmarks to be drawn too, or alone: what [cyan]python -m "
+            "isoform.kernels.benchmark --record[/] wrote.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    matrix: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--matrix",
+            metavar="RECORD",
+            help="Instead: a page of implementations × behaviours, of runs (RUN.json) and of "
+            "records such as ci/results/peers.jsonl. May be given several times.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -731,17 +942,35 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Make an HTML report of a run: one file, with its plots, that needs no network."""
+    """Make an HTML report of a run, of benchmarks, or of both: one file, with its plots, that needs
+    no network.
+    """
+    if matrix:
+        if record or benchmarks:
+            _fail("--matrix makes a page of its own: name its records with --matrix alone")
+        _write_matrix(matrix, output or matrix[0].with_suffix(".html"))
+        return
+    from isoform.conformance.benchmarks import boards
     from isoform.conformance.report import save
     from isoform.conformance.run import Run
+    from isoform.kernels.benchmark.records import RecordError
 
+    source = record or benchmarks
+    if source is None:
+        _fail("nothing to report: name a RUN.json, or --benchmarks RECORDS.jsonl")
+    found = Run(())
+    if record is not None:
+        try:
+            found = Run.from_json(record.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError) as problem:
+            _fail(f"{record} is no record of a run: {problem}")
     try:
-        found = Run.from_json(record.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError) as problem:
-        _fail(f"{record} is no record of a run: {problem}")
-    target = output or record.with_suffix(".html")
+        drawn = boards(benchmarks) if benchmarks is not None else ()
+    except (RecordError, UnicodeDecodeError) as problem:
+        _fail(f"no benchmarks: {problem}")
+    target = output or source.with_suffix(".html")
     with _written_to(target):
-        save(found, target)
+        save(found, target, boards=drawn)
     typer.echo(target)
 
 
@@ -877,6 +1106,346 @@ def demo(
         record, interrupted = interruption.run, True
     note = "" if interrupted else f"report: {output / REPORT}"
     _conclude(record, json=json, quiet=quiet, failures=failures, interrupted=interrupted, note=note)
+
+
+@app.command(
+    cls=_Command,
+    epilog=_epilog(
+        "isoform shrink mymodule:attention --case evoformer/length-65/fp32/all-operands",
+        "isoform shrink torch-sdpa --file step.safetensors --call call-0003 -o small.safetensors",
+    ),
+)
+def shrink(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMPL",
+            help="Who fails: a registered name, or MODULE:OBJECT.",
+            autocompletion=_complete_implementations,
+        ),
+    ],
+    case: Annotated[
+        str,
+        typer.Option(
+            "--case", "-c", metavar="ID", help="A case it fails.", autocompletion=_complete_cases
+        ),
+    ] = "",
+    file: Captured = None,
+    call: OneCall = "",
+    only: Annotated[
+        str,
+        typer.Option(
+            "--check",
+            metavar="CHECK",
+            help="The check to keep, such as out/condition. [dim]The first that fails, if not "
+            "said.[/]",
+        ),
+    ] = "",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="Where the call is written.")
+    ] = Path("shrunk.safetensors"),
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=1, help="Search this long at most.")
+    ] = 60.0,
+    device: OnDevice = Device.cpu,
+    framework: Arrays = Framework.torch,
+    operation: OfOperation = "",
+    json: Json = "",
+    quiet: Quiet = False,
+) -> None:
+    """Cut a failing call down to the smallest that still fails the same check.
+
+    Axes are shortened, operands left out or filled with zeros, ones and integers, options dropped.
+    What is left is written to a file, and the command that judges it again is printed. Ctrl-C
+    ends the search with the smallest call found until then.
+    """
+    from isoform.conformance.console import console, print_shrunk, progress
+    from isoform.conformance.run import Run, declared
+    from isoform.conformance.shrink import Passes, save
+    from isoform.conformance.shrink import shrink as cut_down
+    from isoform.conformance.summary import CAPTURED, command
+
+    implementation = _load(name, framework, operation)
+    chosen = _one_case(case, file, call)
+    if implementation.of(chosen.operation) is None:
+        _fail(f"{name} does not offer {chosen.operation}")
+    try:
+        with progress(None, shown=not quiet) as step:
+            found = cut_down(
+                implementation,
+                chosen,
+                check=only,
+                device=device,
+                architecture=_architecture(device),
+                seconds=seconds,
+                progress=step,
+            )
+    except Passes as problem:
+        _fail(str(problem), Code.NOTHING_RAN)
+    with _written_to(output):
+        kept = save(found, output)
+    record = Run(
+        (replace(found.outcome, case=kept.id),),
+        {implementation.name: declared(implementation)},
+        {CAPTURED: str(output), "device": str(device)},
+        {implementation.name: name} if ":" in name else {},
+    )
+    again = command(record, record.outcomes[0])
+    print_shrunk(console(stderr=json == "-"), found, again)
+    if json:
+        import json as js
+
+        document = found.as_json() | {"file": str(output), "command": again}
+        _write_json(js.dumps(document, indent=1), json)
+    raise typer.Exit(Code.WRONG)
+
+
+@app.command(
+    cls=_Command,
+    epilog=_epilog(
+        "isoform fuzz mymodule:attention --minutes 5",
+        "isoform fuzz torch-sdpa --minutes 1 --seed 7 --json found.json",
+        "isoform fuzz torch-sdpa --seed 7 --only 1234",
+    ),
+)
+def fuzz(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMPL",
+            help="Registered names, or MODULE:OBJECT. Without any: all that can run here.",
+            autocompletion=_complete_implementations,
+        ),
+    ] = None,
+    minutes: Annotated[
+        float,
+        typer.Option("--minutes", metavar="N", min=0.01, help="How long, for all together."),
+    ] = 1.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            help="What the calls are drawn from. [dim]Another each time, if not said.[/]",
+        ),
+    ] = None,
+    only: Annotated[
+        int | None,
+        typer.Option("--only", metavar="N", min=0, help="Make this one call of the seed's."),
+    ] = None,
+    limit: Annotated[
+        float,
+        typer.Option(
+            "--limit", metavar="S", min=1, help="A call that takes more seconds counts as a hang."
+        ),
+    ] = 60.0,
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="DIR", help="Where what is found is written."),
+    ] = Path("fuzz"),
+    device: OnDevice = Device.cpu,
+    framework: Arrays = Framework.torch,
+    operation: OfOperation = "",
+    json: Json = "",
+    quiet: Quiet = False,
+) -> None:
+    """Draw random calls, valid and invalid, until time is up, and keep what goes wrong.
+
+    The calls are made in a process of their own: what dies of a signal or hangs is found too, and
+    so are writes beside operands and outputs, and wrong numbers. Ctrl-C ends it with the summary.
+    """
+    import random
+
+    from isoform.conformance.console import console, print_fuzzed, progress
+    from isoform.conformance.fuzz import as_json
+    from isoform.conformance.fuzz import fuzz as draw_calls
+
+    chosen, sources = _implementations(names or (), framework, operation, device)
+    if not chosen:
+        _fail("nothing ran: no implementation can run here", Code.NOTHING_RAN)
+    _architecture(device)  # leaves if there is none
+    drawn_from = random.randrange(2**31) if seed is None else seed
+    runs = []
+    with progress(None, shown=not quiet) as step:
+        for implementation in chosen:
+            try:
+                found = draw_calls(
+                    implementation,
+                    sources.get(implementation.name, implementation.name),
+                    seconds=60 * minutes / len(chosen),
+                    seed=drawn_from,
+                    directory=output,
+                    options={"framework": framework, "operation": operation or None},
+                    device=device,
+                    limit=limit,
+                    only=only,
+                    progress=step,
+                )
+            except RuntimeError as problem:
+                _fail(str(problem))
+            runs.append(found)
+            if found.interrupted:
+                break
+    for found in runs:
+        again = ["isoform", "fuzz", sources.get(found.implementation, found.implementation)]
+        again += ["--framework", "numpy"] if framework == "numpy" else []
+        again += ["--operation", operation] if operation else []
+        again += ["--device", str(device)] if device is not Device.cpu else []
+        print_fuzzed(console(stderr=json == "-"), found, " ".join(again))
+    _write_json(as_json(runs), json)
+    if any(found.interrupted for found in runs):
+        _fail("interrupted; this is what had been found until then", Code.INTERRUPTED)
+    if any(found.counts for found in runs):
+        raise typer.Exit(Code.WRONG)
+    if not any(found.calls for found in runs):
+        _fail("nothing ran", Code.NOTHING_RAN)
+    raise typer.Exit(Code.PASS)
+
+
+@app.command(
+    cls=_Command,
+    epilog=_epilog(
+        "isoform plan --length 1M --heads 32 --kv-heads 8 --head-dim 128 --ranks 64",
+        "isoform plan --length 512K --heads 16 --ranks 256 --topology mine.toml --plot time.png",
+        "isoform plan --length 64K --heads 8 --ranks 4 --tflops 80 --level 4,20,5",
+        codes=False,
+    ),
+)
+def plan(
+    length: Annotated[
+        str,
+        typer.Option(
+            "--length", "-L", metavar="L", help="Positions in the sequence: 4096, 512K, 1M (2²⁰)."
+        ),
+    ],
+    heads: Annotated[int, typer.Option("--heads", metavar="H", min=1, help="Query heads.")],
+    ranks: Annotated[int, typer.Option("--ranks", "-P", metavar="P", min=1, help="Ranks.")],
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(
+            "--kv-heads", metavar="G", min=1, help="Key/value heads; H of them, if not said."
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int, typer.Option("--head-dim", metavar="D", min=1, help="Channels of a head.")
+    ] = 128,
+    batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, help="Examples.")] = 1,
+    dtype: Annotated[
+        str, typer.Option("--dtype", "-d", metavar="DTYPE", help="fp16, bf16, fp32 or fp64.")
+    ] = "bf16",
+    causal: Annotated[
+        bool, typer.Option("--causal/--full", help="Whether queries see no later position.")
+    ] = True,
+    window: Annotated[
+        str,
+        typer.Option(
+            "--window",
+            metavar="N",
+            help="How far a query looks, both ways; or LEFT,RIGHT, where -1 is no end.",
+        ),
+    ] = "",
+    documents: Annotated[
+        str,
+        typer.Option(
+            "--documents",
+            metavar="N",
+            help="The sequence is packed with documents of N positions, which do not see each "
+            "other.",
+        ),
+    ] = "",
+    sharding: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sharding",
+            metavar="KIND",
+            help="Only this division: contiguous, zigzag, striped, or striped:BLOCK. Several: any "
+            "of them.",
+        ),
+    ] = None,
+    topology: Annotated[
+        str,
+        typer.Option(
+            "--topology",
+            metavar="NAME",
+            help="The machine: h100 (nodes of eight, 400 Gb/s each), laptops, or a .toml file.",
+            autocompletion=_complete_topologies,
+        ),
+    ] = "h100",
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--level",
+            metavar="LEVEL",
+            help="Instead of a topology: RANKS,GB/s,µs. How many consecutive ranks are joined, how "
+            "much one can send, and how long a message takes besides. Several: near ones first; "
+            "the last may leave out RANKS and joins all.",
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            "--tflops", metavar="T", help="How fast a rank computes attention, in 10¹² a second."
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", metavar="GB", help="Of a rank; what needs more is declined."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw the time against the number of ranks: a .png, .svg or .pdf file.",
+        ),
+    ] = None,
+    up_to: Annotated[
+        int, typer.Option("--up-to", metavar="P", min=1, help="Draw up to this many ranks.")
+    ] = 4096,
+    json: Json = "",
+) -> None:
+    """Predict what attention over many ranks costs, by strategy and sharding, best first.
+
+    Bytes and messages are exact, and so is the balance of work. Memory is that of arrays in the
+    NumPy strategies, to a few percent. Time is a model: bandwidths, latencies, and a rate.
+
+    Exit codes: 0 something will do, 1 nothing fits the memory, 2 usage.
+    """
+    from isoform.conformance import planning
+    from isoform.conformance.console import console, progress
+
+    try:
+        asked = planning.request(
+            length=length,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            batch=batch,
+            dtype=dtype,
+            ranks=ranks,
+            causal=causal,
+            window=window,
+            document=documents,
+            shardings=sharding or (),
+            topology=topology,
+            levels=link or (),
+            tflops=tflops,
+            memory=memory,
+        )
+        found = asked.plan()
+        if plot is not None:
+            counts = planning.world_sizes(up_to, ranks)
+            with progress(len(counts)) as step, _written_to(plot):
+                planning.save_plot(asked, plot, counts, step)
+    except planning.WrongRequest as problem:
+        _fail(str(problem))
+    if json != "-":
+        planning.print_plan(console(), asked, found)
+    _write_json(planning.as_json(asked, found), json)
+    if plot is not None:
+        _say(f"plot: {plot}")
+    raise typer.Exit(Code.PASS if found.ranked else Code.WRONG)
 
 
 @app.command(

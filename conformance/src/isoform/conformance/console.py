@@ -22,7 +22,10 @@ from rich.text import Text
 if TYPE_CHECKING:
     from isoform.conformance.case import Case
     from isoform.conformance.compare import Comparison, Difference, Side
+    from isoform.conformance.explain import Explanation
+    from isoform.conformance.fuzz import Fuzzed
     from isoform.conformance.run import Run
+    from isoform.conformance.shrink import Shrunk
     from isoform.conformance.summary import Failure, Summary, Worst
 
 PIPED_WIDTH = 160
@@ -306,11 +309,13 @@ def described(declared: Mapping[str, Any]) -> dict[str, str]:
     return {
         "operation": str(declared["operation"]),
         "arrays": str(declared["framework"]),
+        **({"sharding": str(declared["sharding"])} if "sharding" in declared else {}),
         "dtypes": _list(declared["dtypes"]),
         "devices": _list(declared["devices"]),
         "architectures": _list(declared["architectures"], "any"),
         "head dims": f"{low} to {high}" + (f", multiples of {multiple}" if multiple > 1 else ""),
-        "lengths": f"from {declared['min_length']}",
+        "lengths": f"from {declared['min_length']}"
+        + ("" if declared.get("cross_lengths", True) else ", of queries and keys alike"),
         "operands": _list(declared["operands"]),
         "gradients of": _list(declared["gradients"]),
         **(attention if signature.lse else {}),
@@ -427,3 +432,79 @@ def _print_where(to: Console, comparison: Comparison, x: Difference, case: str) 
     for name, side in ((comparison.a, x.a), (comparison.b, x.b)):
         if side.fault:
             paragraph(to, (f"{x.result}, {name}: {side.fault}", "red"), indent=2)
+
+
+# isoform shrink
+
+
+def print_shrunk(to: Console, found: Shrunk, again: str) -> None:
+    """Print a shrunk call: what fails, on which sizes, holding what, and how to see it again."""
+    line(to, (found.check, "bold"), f" fails on {found.case.shape}, {found.case.dtype}")
+    paragraph(to, found.outcome.message, indent=2)
+    for name, what in found.contents.items():
+        line(to, f"{name}: {what}", indent=2)
+    for name, x in found.case.options:
+        line(to, f"{name}={x!r}", indent=2)
+    search = f"cut out of {found.origin}; {found.tried} calls tried in {found.seconds:.0f} s"
+    paragraph(to, (search if found.ended else f"{search}, not to the end", "dim"))
+    line(to, ("again: ", "dim"), again)
+
+
+# isoform fuzz
+
+
+def print_fuzzed(to: Console, found: Fuzzed, again: str) -> None:
+    """Print what a fuzz run found: each way of going wrong, where it is kept, and how to see it."""
+    for like, n in found.counts.items():
+        kind, operation, check = like
+        kept = [each for each in found.findings if each.like == like]
+        line(to, (kind, "bold red"), f" in {operation}: {check}", (f"  ×{n}", "dim"))
+        paragraph(to, kept[0].message, indent=2)
+        for each in kept:
+            line(to, (f"{each.case}  ", "dim"), each.file, indent=2)
+        seen = f"{again} --seed {found.seed} --only {kept[0].number}"
+        line(to, ("again: ", "dim"), seen, indent=2)
+    calls = f"{found.calls} calls in {found.seconds:.0f} s, {found.invalid} of them invalid, "
+    calls += f"{found.refused} declined as declared; seed {found.seed}"
+    verdict = f"{sum(found.counts.values())} findings" if found.counts else "nothing found"
+    style = "bold red" if found.counts else "green"
+    paragraph(to, f"{found.implementation}: ", (verdict, style), (f"  {calls}", "dim"))
+
+
+# isoform compare --explain
+
+
+def print_explanation(to: Console, found: Explanation) -> None:
+    """Print what was read at each step, and where the two part."""
+    line(to, (found.case, "bold"), (f", tiles of {found.tile}", "dim"))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("step: what is read", no_wrap=True)
+    for head in (found.a, found.b, "apart"):
+        table.add_column(head, justify="right")
+    for name, *figures in found.rows:
+        cells = [Text(number(figure), "red" if figure > 1 else "") for figure in figures]
+        table.add_row(name, *cells)
+    to.print(table)
+    paragraph(to, ("error over budget, and the difference over it; more than 1 is wrong", "dim"))
+    for remark in found.remarks:
+        paragraph(to, (remark, "dim"))
+    for fault in found.faults:
+        at = ", ".join(f"{axis}={index}" for axis, index in fault.coordinate.items())
+        line(
+            to, (f"{fault.implementation} leaves the definition at: ", "bold"), (fault.step, "red")
+        )
+        queries, keys = (f"{first}–{end - 1}" for first, end in (fault.queries, fault.keys))
+        paragraph(to, f"tile: queries {queries}, keys {keys}; furthest off at {at}", indent=2)
+        says = f"seen: {fault.seen}: {fault.value:.9g}, the definition says {fault.definition:.9g}"
+        paragraph(to, f"{says} ({number(fault.excess)} of its budget)", indent=2)
+        paragraph(to, f"inferred: {fault.inferred}", indent=2)
+    if found.parted:
+        paragraph(to, f"{found.a} and {found.b} part at: ", (found.parted, "bold red"))
+    elif found.faults:
+        paragraph(to, f"{found.a} and {found.b} do not part: both are wrong alike")
+    else:
+        paragraph(
+            to,
+            f"{found.a} and {found.b} are within budget at every step of the forward pass; ",
+            "gradients are not walked through",
+        )

@@ -15,6 +15,13 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
+def same(a: Array, b: Array) -> bool:
+    """Bitwise equality, but for the payload of NaN and the sign of zero."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return bool(np.all((a == b) | ((a != a) & (b != b))))
+
+
 @dataclass(frozen=True)
 class FloatFormat:
     """A binary floating-point format.

@@ -25,10 +25,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isoform.conformance.signatures import SIGNATURES
 from isoform.reference.contract import Capabilities
+
+if TYPE_CHECKING:
+    from isoform.conformance.ranks import Ranks, Spread
 
 DEFAULT_OPERATION = "evoformer_attention"
 FRAMEWORKS = ("numpy", "torch")
@@ -46,6 +49,7 @@ class Implementation:
         backward: ``backward(dout, q, k, v, **operands)`` returning the gradients in the order of
             the contract, or an object with attributes ``dq`` …; None where autograd does it.
         others: Implementations of other operations that go by the same name.
+        spread: How it is spread over ranks; None for what runs in one place.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Implementation:
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     others: tuple[Implementation, ...] = ()
+    spread: Spread | None = None
 
     @property
     def operation(self) -> str:
@@ -69,6 +74,10 @@ class Implementation:
     def of(self, operation: str) -> Implementation | None:
         """The implementation of ``operation`` alone; None where it is not offered."""
         return next((one for one in self.offers if one.operation == operation), None)
+
+    def on(self, ranks: Ranks) -> Implementation:
+        """The same spread over other ranks; itself where it is spread over none."""
+        return self if self.spread is None else replace(self.spread.on(ranks), name=self.name)
 
 
 def adopt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +13,14 @@ import numpy as np
 
 from isoform.conformance.budgets import Budget, budget, result_format
 from isoform.conformance.case import Case, Operands
-from isoform.conformance.dtypes import Array
+from isoform.conformance.dtypes import Array, same
 from isoform.conformance.frameworks import Framework, framework
 from isoform.conformance.implementation import Implementation
 from isoform.conformance.metrics import Errors
 from isoform.conformance.operation import Operation
 from isoform.conformance.operations import OPERATIONS
 from isoform.conformance.oracle import Expected, expected, fault, figures, measure
+from isoform.conformance.ranks import Ranks
 from isoform.conformance.verdicts import GROUPS, Outcome, Part, Verdict
 from isoform.reference.contract import Unsupported
 
@@ -232,11 +234,26 @@ class _Trial:
             group,
             name,
             Verdict.WRONG if broken else Verdict.PASS,
-            "; ".join(_describe(name, part) for part in broken),
+            self.located("; ".join(_describe(name, part) for part in broken)),
             parts=parts,
             errors=errors,
             seconds=seconds,
         )
+
+    def located(self, message: str) -> str:
+        """``message`` with the rank that has computed the element it speaks of, if there are many.
+
+        All results but lse have the axis of the sequence second.
+        """
+        spread = self.implementation.spread
+        if spread is None:
+            return message
+
+        def with_rank(found: re.Match[str]) -> str:
+            rank = spread.rank_of(int(found[1]), self.case.shape.Q)
+            return f"{found[0]} (rank {rank} of {spread.ranks.size})"
+
+        return re.sub(r"at \[\d+, (\d+), \d+, \d+\]", with_rank, message)
 
     def behaves(
         self,
@@ -249,7 +266,7 @@ class _Trial:
     ) -> Iterator[Outcome]:
         """What must hold of any call, whatever its numbers."""
         after = self.downloaded(operands)
-        changed = [name for name in operands if not _same(before[name], after[name])]
+        changed = [name for name in operands if not same(before[name], after[name])]
         yield self.say(group, "unmodified", not changed, f"the call changed {', '.join(changed)}")
 
         # a call with other operands in between, then the same again
@@ -258,13 +275,13 @@ class _Trial:
         others = {name: x if x.dtype.kind in "biu" else -x[..., ::-1] for name, x in before.items()}
         self.ask(self.library.upload(others, self.device), lse=lse, gradients=gradients)
         kept = self.downloaded(returned)
-        overwritten = [name for name in results if not _same(results[name], kept[name])]
+        overwritten = [name for name in results if not same(results[name], kept[name])]
         again = self.ask(operands, lse=lse, gradients=gradients)
         if again.results is None:
             yield self.failed(group, "independence", again)
             return
         repeated = self.downloaded(again.results)
-        different = [name for name in results if not _same(results[name], repeated[name])]
+        different = [name for name in results if not same(results[name], repeated[name])]
         if self.implementation.capabilities.deterministic:
             message = f"{', '.join(different)} differ from one run to the next"
             yield self.say(group, "determinism", not different, message)
@@ -344,13 +361,6 @@ def _absent(device: str) -> str:
     return f"no device {device} here"
 
 
-def _same(a: Array, b: Array) -> bool:
-    """Bitwise equality, but for the payload of NaN and the sign of zero."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return bool(np.all((a == b) | ((a != a) & (b != b))))
-
-
 def judge_invalid_calls(implementation: Implementation, device: str = "cpu") -> list[Outcome]:
     """Whether every wrong call gets the right exception, which names the operand (EVO-12).
 
@@ -368,8 +378,10 @@ def _judge_invalid_calls(implementation: Implementation, device: str) -> list[Ou
     if device not in library.devices():
         trial = _Trial(implementation, operation.probe, library, device, "")
         return [trial.outcome("conformance", "invalid", Verdict.NOT_RUN, _absent(device))]
+    shape = operation.probe.shape
     probe = replace(
         operation.probe,
+        shape=shape if capabilities.cross_lengths else replace(shape, K=shape.Q),
         dtype=next(name for name in _PROBE_DTYPES if name in capabilities.dtypes),
         operands=operation.probe.operands & capabilities.operands,
     )
@@ -379,7 +391,8 @@ def _judge_invalid_calls(implementation: Implementation, device: str) -> list[Ou
 
     outcomes = []
     for invalid in operation.invalid_calls:
-        asked = operation.signature.optional.get(invalid.about, frozenset())
+        optional = operation.signature.optional
+        asked = frozenset().union(*(optional.get(x, ()) for x in (invalid.about, invalid.says)))
         if not asked <= capabilities.operands or (
             invalid.about == "heads" and not capabilities.grouped_heads
         ):
@@ -399,7 +412,7 @@ def _judge_invalid_calls(implementation: Implementation, device: str) -> list[Ou
             fault = f"must raise {invalid.raises.__name__}, returned"
         outcomes.append(trial.say("conformance", f"invalid/{invalid.name}", not fault, fault))
     after = trial.downloaded(operands)
-    changed = [name for name in operands if not _same(before[name], after[name])]
+    changed = [name for name in operands if not same(before[name], after[name])]
     message = f"wrong calls changed {', '.join(changed)}"
     outcomes.append(trial.say("conformance", "invalid/unmodified", not changed, message))
     return outcomes
@@ -419,14 +432,22 @@ def judge_memory(implementation: Implementation, device: str = "cpu") -> list[Ou
     return [_judge_memory(one, device) for one in implementation.offers]
 
 
+MEMORY_RANKS = Ranks(2)
+"""Where implementations over ranks are run for it: what threads allocate can be seen. Lengths are
+those of a rank's shard then, which is longer than what is worked on at once."""
+
+
 def _judge_memory(implementation: Implementation, device: str) -> Outcome:
     operation = OPERATIONS[implementation.operation]
+    implementation = implementation.on(MEMORY_RANKS)
+    shards = 1 if implementation.spread is None else MEMORY_RANKS.size
     capabilities = implementation.capabilities
     library = framework(implementation.framework)
     peaks = []
     for length in MEMORY_LENGTHS:
-        case = operation.memory_case(length)
-        case = replace(case, operands=case.operands & capabilities.operands)
+        named = operation.memory_case(length)
+        case = operation.memory_case(length * shards)
+        case = replace(case, id=named.id, operands=case.operands & capabilities.operands)
         trial = _Trial(implementation, case, library, device, "")
         if device not in library.devices():
             return trial.outcome("conformance", "memory", Verdict.NOT_RUN, _absent(device))

@@ -30,6 +30,7 @@ RESULTS = ("out", "lse", "dq", "dk", "dv", "dmask_bias", "dpair_bias", "dgate", 
 # Colours that are drawn with, and what the page calls them.
 INK, MUTED, GRID, LIMIT, PAPER = "#010203", "#010204", "#010205", "#010206", "#010207"
 DTYPE_COLOURS = {name: f"#0203{position:02x}" for position, name in enumerate(FORMATS)}
+SERIES_COLOURS = tuple(f"#0204{position:02x}" for position in range(8))
 PAGE_COLOURS = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -37,6 +38,7 @@ PAGE_COLOURS = {
     LIMIT: "var(--bad)",
     PAPER: "var(--paper)",
     **{colour: f"var(--{name})" for name, colour in DTYPE_COLOURS.items()},
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES_COLOURS)},
 }
 
 STYLE: Any = {
@@ -93,14 +95,14 @@ def budget_strips(run: Run, implementation: str) -> str:
     kinds = [name for name in FORMATS if any(name == kind for _, kind in strips)]
     top = max((min(max(strip), CEILING) for strip in strips.values()), default=1.0)
 
-    with _panel(f"budget-{implementation}") as (figure, axes, svg):
+    with panel(f"budget-{implementation}") as (figure, axes, svg):
         for position, result in enumerate(shown):
             for offset, kind in enumerate(kinds):
                 if strip := strips.get((result, kind)):
                     x = position + 0.8 * ((offset + 0.5) / len(kinds) - 0.5)
                     _strip(axes, x, np.array(strip), DTYPE_COLOURS[kind])
         axes.axhline(1, color=LIMIT, linewidth=1)
-        _note(axes, "limit", (1, 1), (0, 2), axes.get_yaxis_transform(), ha="right", color=LIMIT)
+        note(axes, "limit", (1, 1), (0, 2), axes.get_yaxis_transform(), ha="right", color=LIMIT)
         axes.set_yscale("log")
         axes.set_ylim(FLOOR * 0.6, max(10.0, 3 * top))
         axes.set_xlim(-0.5, len(shown) - 0.5)
@@ -136,7 +138,7 @@ def ulp_histogram(run: Run, implementation: str) -> str:
     last = max((int(np.flatnonzero(found)[-1]) for found in counts.values()), default=3)
     edges = np.arange(max(last, 8) + 2)  # at least to 64
 
-    with _panel(f"ulp-{implementation}") as (figure, axes, svg):
+    with panel(f"ulp-{implementation}") as (figure, axes, svg):
         for (kind, gradient), found in counts.items():
             part = found[: len(edges) - 1] / found.sum()
             colour = DTYPE_COLOURS.get(kind, MUTED)
@@ -149,7 +151,7 @@ def ulp_histogram(run: Run, implementation: str) -> str:
                 linestyle=(0, (2, 1.2)) if gradient else "-",
             )
         axes.axvline(2, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
-        _note(axes, "½ ulp", (2, 1), (2, -2), axes.get_xaxis_transform(), va="top", color=MUTED)
+        note(axes, "½ ulp", (2, 1), (2, -2), axes.get_xaxis_transform(), va="top", color=MUTED)
         axes.set_yscale("log")
         axes.set_ylim(1e-6, 1.5)
         axes.set_yticks([1e-6, 1e-4, 1e-2, 1], ["10⁻⁴ %", "0.01 %", "1 %", "100 %"])
@@ -183,13 +185,13 @@ def _measured(run: Run, implementation: str) -> list[Outcome]:
     return list(found.values())
 
 
-def _note(axes: Any, text: str, at: Any, offset: Any, coordinates: Any, **style: Any) -> None:
+def note(axes: Any, text: str, at: Any, offset: Any, coordinates: Any, **style: Any) -> None:
     """A few words, ``offset`` points from where they belong."""
     axes.annotate(text, at, offset, coordinates, "offset points", **style)
 
 
 @contextmanager
-def _panel(name: str) -> Iterator[tuple[Figure, Any, Callable[[], str]]]:
+def panel(name: str) -> Iterator[tuple[Figure, Any, Callable[[], str]]]:
     """A figure with one pair of axes, and a function that gives it as SVG."""
     with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(6, 2.7), layout="constrained")

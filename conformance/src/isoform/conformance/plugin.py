@@ -12,13 +12,14 @@ for all of a case's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from isoform.conformance.case import Case, UnknownName, select
 from isoform.conformance.implementation import FRAMEWORKS, Implementation
 from isoform.conformance.operations import CASES
+from isoform.conformance.ranks import Joined, Ranks
 from isoform.conformance.registry import Unavailable, find
 from isoform.conformance.signatures import SIGNATURES
 from isoform.conformance.verdicts import GROUPS
@@ -66,6 +67,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="which operation a bare function is (default: what its operands say)",
     )
 
+    group.addoption(
+        "--ranks",
+        type=int,
+        default=Ranks.size,
+        metavar="P",
+        help="over how many ranks to run those that run over many (default: 4)",
+    )
+    group.addoption(
+        "--communicator",
+        choices=get_args(Joined),
+        default=Ranks.communicator,
+        help="what the ranks are: threads of this process (default), or processes",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers, and find out whom to judge and on what."""
@@ -73,14 +88,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{group}: the suite's checks of this group")
     option = config.option
     try:
+        ranks = Ranks(option.ranks, option.communicator)
         config.stash[JUDGED] = (
             [
-                find(name, framework=option.framework, operation=option.operation)
+                find(name, framework=option.framework, operation=option.operation).on(ranks)
                 for name in option.impl
             ],
             select(CASES, patterns=option.case, tags=option.tag, dtypes=option.dtype),
         )
-    except (UnknownName, Unavailable, TypeError) as fault:
+    except (UnknownName, Unavailable, TypeError, ValueError) as fault:
         raise pytest.UsageError(str(fault)) from None
 
 

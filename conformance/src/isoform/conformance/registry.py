@@ -1,18 +1,22 @@
 """Implementations by name: those registered as entry points, and anything as ``module:OBJECT``.
 
 A package offers an implementation by an entry point in the group ``isoform.implementations``; those
-that come with isoform use the same door. Nothing is imported until it is asked for, so that what
-is not installed (PyTorch, CuPy) is a reason to report, not an error.
+that come with isoform use the same door. An entry may lead to a dictionary of several, by their
+names. Nothing is imported until it is asked for, so that what is not installed (PyTorch, CuPy) is a
+reason to report, not an error.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 
 from isoform.conformance.case import UnknownName
 from isoform.conformance.implementation import Implementation, adopt
+from isoform.conformance.peers import PEERS
 
 GROUP = "isoform.implementations"
 
@@ -28,6 +32,13 @@ class Unavailable(Exception):
             super().__init__(f"{name} needs {missing}: install it with {remedy}")
         else:  # it is there, but not what it should be
             super().__init__(f"{name} needs another version of {missing} ({cause}): {remedy}")
+
+
+class NotHere(Unavailable):
+    """A peer cannot run here; the message says what it needs."""
+
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
 
 
 def _remedy(missing: str) -> str:
@@ -57,10 +68,16 @@ def find(name: str, *, framework: str = "torch", operation: str | None = None) -
     if ":" in name:
         return _load(name, framework, operation)
     entries = registered()
+    if name in PEERS and name not in entries:
+        if reason := PEERS[name].why_not():
+            raise NotHere(f"{name} is not run here: it {reason}")
+        return _load(PEERS[name].target, framework, operation)
     if name not in entries:
-        raise UnknownName("implementation", name, entries.keys())
+        near = get_close_matches(name, PEERS, n=1, cutoff=0.7)  # a peer, where one is meant
+        raise UnknownName("implementation", name, [*entries, *near])
     try:
-        return adopt(entries[name].load(), name=name)
+        found = entries[name].load()
+        return adopt(found[name] if isinstance(found, Mapping) else found, name=name)
     except ImportError as cause:
         raise Unavailable(name, cause) from cause
 

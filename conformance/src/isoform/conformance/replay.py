@@ -1,9 +1,10 @@
-"""Replay: implementations judged on operands that were captured in a running model.
+"""Replay: implementations judged on operands that were kept in a file.
 
-A captured file is one ``.safetensors`` file (:mod:`isoform.conformance.capture` writes it): the
-tensors ``call-0003/q``, ``call-0003/pair_bias`` … and in the header, under :data:`KEY`, a JSON
-document that says what each call was. Each call becomes a case, ``captured/FILE/bf16/call-0003``,
-held against the same oracle within the same budgets as any other.
+Such a file is one ``.safetensors`` file. :mod:`isoform.conformance.capture` writes what it saw in a
+running model; ``isoform shrink`` and ``isoform fuzz`` write calls that fail (:func:`write`). It
+holds the tensors ``call-0003/q``, ``call-0003/pair_bias`` … and in the header, under :data:`KEY`, a
+JSON document that says what each call was. Each call becomes a case,
+``captured/FILE/bf16/call-0003``, held against the same oracle within the same budgets as any other.
 
 Gradients need a cotangent. Where the model's own output gradient was captured it is that; where
 there was none, or it says nothing (all zeros, NaN or infinite), one is drawn at random, and the
@@ -15,24 +16,26 @@ Reading needs NumPy and safetensors alone, not PyTorch.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from isoform.conformance.case import Case, Operands, select
 from isoform.conformance.dtypes import FORMATS, Array
 from isoform.conformance.implementation import DEFAULT_OPERATION, Implementation
 from isoform.conformance.operation import RecordedCase
 from isoform.conformance.run import Interrupted, Progress, Run, run
+from isoform.conformance.signatures import SIGNATURES
 from isoform.conformance.summary import CAPTURED
 from isoform.conformance.verdicts import GROUPS
-from isoform.reference.contract import OPTIONAL_OPERANDS, evoformer_call
+from isoform.reference.rotary_scaling import SCALINGS
 
 KEY = "isoform.capture"
 """Where in the header's metadata the document is."""
@@ -46,18 +49,22 @@ RANDOM = "random-cotangent"
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One attention call of a model.
+    """One call, of a model's attention or of any operation.
 
     Attributes:
         name: ``call-0003``, counted from 0 in the order of the calls.
         module: Qualified name of the module that made it; empty if none did.
         function: The function that was called.
-        operands: Which operands there are: q, k, v and the optional ones.
+        operands: Which operands there are, the required ones included.
         scale: Factor of the logits; None for the default.
-        gradient: Whether the gradient of the output was captured.
+        gradient: Whether the gradient of the output is there too.
         device: Where the operands were.
         notes: What was changed to bring the call into the form of the contract, and what was not
             captured of it.
+        operation: The operation's name.
+        options: The other arguments that are no arrays, as JSON has them (:func:`plain_options`).
+        differentiate: Whether gradients are judged; None for where all that is attended is finite.
+        strides: How operands lay in memory that were not contiguous, in bytes; by name.
     """
 
     name: str
@@ -68,6 +75,10 @@ class RecordedCall:
     gradient: bool
     device: str
     notes: tuple[str, ...] = ()
+    operation: str = DEFAULT_OPERATION
+    options: Mapping[str, Any] = field(default_factory=dict)
+    differentiate: bool | None = None
+    strides: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,10 @@ class Recording:
         """The operands of ``call``, and ``dout`` if it was captured."""
         names = (*call.operands, *(["dout"] if call.gradient else []))
         with _opened(self.path) as file:
-            return {name: file.get_tensor(f"{call.name}/{name}") for name in names}
+            found = {name: file.get_tensor(f"{call.name}/{name}") for name in names}
+        return found | {
+            name: laid_out(found[name], strides) for name, strides in call.strides.items()
+        }
 
 
 def read(path: Path | str) -> Recording:
@@ -190,13 +204,15 @@ def _case(recording: Recording, call: RecordedCall) -> RecordedCase:
     tensors: dict[str, Any] = recording.tensors(call)
     dout = tensors.pop("dout", None)
     try:
-        asked = evoformer_call(**tensors, scale=call.scale)
-        if dout is not None and (dout.shape, dout.dtype) != (
-            tensors["q"].shape,
-            tensors["q"].dtype,
-        ):
-            raise ValueError("the output gradient has another shape or dtype than q")
-    except (TypeError, ValueError) as problem:
+        signature = SIGNATURES[call.operation]
+        first = tensors[signature.required[0]]  # the output is like it, in every operation
+        options = given_options(call)
+        asked = signature.check(**tensors, **options)
+        if dout is not None and (dout.shape, dout.dtype) != (first.shape, first.dtype):
+            raise ValueError(
+                f"the output gradient has another shape or dtype than {signature.required[0]}"
+            )
+    except (KeyError, TypeError, ValueError) as problem:
         raise ValueError(f"{recording.path} is damaged: in {call.name}, {problem}") from problem
     lacking = _lacking(dout)
     remarks = [
@@ -206,13 +222,13 @@ def _case(recording: Recording, call: RecordedCall) -> RecordedCase:
     ]
     case = Case(
         id=f"captured/{recording.path.stem}/{FORMATS[asked.dtype].short}/{call.name}",
-        operation=DEFAULT_OPERATION,
+        operation=call.operation,
         shape=asked.shape,
         dtype=asked.dtype,
-        operands=frozenset(call.operands) & frozenset(OPTIONAL_OPERANDS),
+        operands=asked.operands,
         values="captured",
-        options=() if call.scale is None else (("scale", call.scale),),
-        differentiate=_finite(tensors),
+        options=tuple(options.items()),
+        differentiate=_finite(tensors) if call.differentiate is None else call.differentiate,
         tags=frozenset({"captured", *([RANDOM] if lacking else [])}),
         note="; ".join(remarks),
     )
@@ -252,6 +268,76 @@ def _finite(operands: Operands) -> bool:
         if not fine.all():
             return False
     return True
+
+
+def write(path: Path, case: Case, operands: Operands, *, notes: Sequence[str] = ()) -> None:
+    """Write one call to ``path``, for :func:`replay`: ``call-0000``.
+
+    Args:
+        path: The file; the directories that it is in are made.
+        case: What is asked for: operation, options, and whether gradients are judged.
+        operands: The operands and ``dout``; their strides are kept.
+        notes: What is to be known of it.
+    """
+    options = dict(case.options)
+    scale = options.pop("scale", None)
+    call = RecordedCall(
+        name="call-0000",
+        module="",
+        function=case.operation,
+        operands=tuple(name for name in operands if name != "dout"),
+        scale=None if scale is None else float(scale),
+        gradient="dout" in operands,
+        device="cpu",
+        notes=tuple(notes),
+        operation=case.operation,
+        options=plain_options(options),
+        differentiate=case.differentiate,
+        strides={
+            name: x.strides
+            for name, x in operands.items()
+            if not x.flags.c_contiguous and min(x.strides, default=0) >= 0
+        },
+    )
+    document = {"schema": SCHEMA, "calls": [asdict(call)], "left_out": [], "environment": {}}
+    tensors = {f"{call.name}/{name}": np.ascontiguousarray(x) for name, x in operands.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial_path, {KEY: json.dumps(document | {"interrupted": ""})})
+    partial_path.replace(path)
+
+
+def laid_out(x: Array, strides: Sequence[int]) -> Array:
+    """The same numbers with other strides (none negative), and no others between them than 0."""
+    extent = sum((size - 1) * step for size, step in zip(x.shape, strides, strict=True))
+    buffer = np.zeros(extent // x.itemsize + 1 if x.size else 0, x.dtype)
+    view = np.lib.stride_tricks.as_strided(buffer, x.shape, tuple(strides))
+    view[...] = x
+    return view
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON can hold them: a scaling of rotary embedding by its name and fields."""
+    return {
+        name: {"name": x.name, **asdict(x)} if name == "scaling" else x
+        for name, x in options.items()
+    }
+
+
+def given_options(call: RecordedCall) -> dict[str, Any]:
+    """The options of a recorded call, as the operation takes them."""
+    options = {name: _untangled(x) for name, x in call.options.items()}
+    if "scaling" in options:
+        fields = dict(options["scaling"])
+        options["scaling"] = SCALINGS[fields.pop("name")](**fields)
+    return options if call.scale is None else {"scale": call.scale, **options}
+
+
+def _untangled(x: Any) -> Any:
+    """What JSON made of an option: its lists were tuples."""
+    if isinstance(x, dict):
+        return {key: _untangled(value) for key, value in x.items()}
+    return tuple(x) if isinstance(x, list) else x
 
 
 def replay(

@@ -1,20 +1,21 @@
-"""A run as one HTML page: its figures, its failures, its plots; it loads nothing from anywhere."""
+"""A run, or records of benchmarks, or both, as one HTML page that loads nothing from anywhere."""
 
 from __future__ import annotations
 
 import os
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from isoform.conformance import benchmark_plots, benchmarks
 from isoform.conformance.budgets import SMALLEST
 from isoform.conformance.console import HEADERS, counts, number, status
 from isoform.conformance.dtypes import FORMATS
-from isoform.conformance.plots import budget_strips, dtypes, results, ulp_histogram
+from isoform.conformance.plots import PAGE_COLOURS, budget_strips, dtypes, results, ulp_histogram
 from isoform.conformance.run import Run, write_whole
 from isoform.conformance.signatures import SIGNATURES, Signature
 from isoform.conformance.summary import Summary, Worst, dtype, idle, shares, summaries
@@ -46,11 +47,18 @@ class Row:
     cells: tuple[Worst | None, ...]
 
 
-def html(run: Run, *, picture: Path | None = None, caption: str = "") -> str:
+def html(
+    run: Run,
+    *,
+    boards: Sequence[benchmarks.Board] = (),
+    picture: Path | None = None,
+    caption: str = "",
+) -> str:
     """``run`` as an HTML page.
 
     Args:
-        run: The run.
+        run: The run; one without outcomes is left out.
+        boards: Benchmarks, which have a section of their own.
         picture: A PNG file of what was judged on, to be shown first; it becomes part of the page.
         caption: What the picture shows, in a sentence or two.
     """
@@ -62,11 +70,14 @@ def html(run: Run, *, picture: Path | None = None, caption: str = "") -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "heat": _heat}
+    environment.filters |= {"number": number, "heat": _heat, "page_colour": PAGE_COLOURS.get}
     measured = [name for name in run.implementations if _has_errors(run, name)]
     return environment.get_template("report.html.j2").render(
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        headline=_headline(found),
+        headline=_headline(found) if found or not boards else benchmarks.headline(boards),
+        boards=boards,
+        panels=benchmark_plots.panels,
+        styles=benchmark_plots.styles,
         run=run,
         picture=None if picture is None else b64encode(picture.read_bytes()).decode(),
         caption=caption,
@@ -91,11 +102,9 @@ def html(run: Run, *, picture: Path | None = None, caption: str = "") -> str:
     )
 
 
-def save(
-    run: Run, path: str | os.PathLike[str], *, picture: Path | None = None, caption: str = ""
-) -> None:
+def save(run: Run, path: str | os.PathLike[str], **shown: Any) -> None:
     """Write the report of ``run``, as :func:`html` makes it, to ``path``, whole or not at all."""
-    write_whole(html(run, picture=picture, caption=caption), Path(path))
+    write_whole(html(run, **shown), Path(path))
 
 
 def _headline(found: tuple[Summary, ...]) -> str:
@@ -216,6 +225,7 @@ def _declarations(run: Run, signature: Signature) -> Declarations:
     attention = (
         said("returns lse", lambda each: each["lse"]),
         said("grouped heads", lambda each: each["grouped_heads"]),
+        said("K unlike Q", lambda each: each.get("cross_lengths", True)),
     )
     groups = (
         ("dtypes", has("dtypes", FLOAT_DTYPES)),

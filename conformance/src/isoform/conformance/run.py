@@ -242,15 +242,22 @@ def declared(implementation: Implementation) -> dict[str, dict[str, Any]]:
 
 
 def _declared(implementation: Implementation) -> dict[str, Any]:
-    return {"framework": implementation.framework} | {
-        key: sorted(value) if isinstance(value, frozenset) else plain(value)
-        for key, value in asdict(implementation.capabilities).items()
-    }
+    spread = implementation.spread
+    over = {} if spread is None else {"ranks": spread.ranks.size, "sharding": spread.kind}
+    return (
+        {"framework": implementation.framework}
+        | over
+        | {
+            key: sorted(value) if isinstance(value, frozenset) else plain(value)
+            for key, value in asdict(implementation.capabilities).items()
+        }
+    )
 
 
-def environment(implementations: Iterable[Implementation], device: str) -> dict[str, str]:
+def environment(implementations: Collection[Implementation], device: str) -> dict[str, str]:
     """What someone needs to know to see the same again."""
     frameworks = {implementation.framework for implementation in implementations}
+    ranks = {one.spread.ranks for one in implementations if one.spread is not None}
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -258,6 +265,9 @@ def environment(implementations: Iterable[Implementation], device: str) -> dict[
         "cores": str(os.cpu_count()),
         "device": device,
     }
+    if ranks:  # of a run, all are the same
+        used = ranks.pop()
+        found |= {"ranks": str(used.size), "communicator": used.communicator}
     for package in ("isoform", "numpy", *sorted(frameworks - {"numpy"})):
         try:
             found[package] = version(package)

@@ -204,6 +204,9 @@ def command(run: Run, outcome: Outcome) -> str:
         words += ["--framework", "numpy"]
     if source and [*declared] not in ([], [DEFAULT_OPERATION]):
         words += ["--operation", next(iter(declared))]  # told to one that knows, it does nothing
+    if any("ranks" in each for each in declared.values()):
+        words += ["--ranks", run.environment["ranks"]]
+        words += ["--communicator", run.environment["communicator"]]
     device = run.environment.get("device", "cpu")
     if device != "cpu":
         words += ["--device", device]

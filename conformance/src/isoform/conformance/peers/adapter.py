@@ -1,0 +1,103 @@
+"""What is added around every peer's call, so that all are asked the same.
+
+The call is checked, and what the peer does not declare is refused. Keys and values that the bool
+mask drops are replaced by zeros, since 0·NaN is NaN in any matrix product. The gate is applied in
+float32. All else, rows without a key included, is the peer's own doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoform.conformance.implementation import Implementation
+from isoform.reference.contract import Capabilities, evoformer_call
+from isoform.reference.torch.evoformer import attended
+
+Attend = Callable[..., Tensor]
+"""``attend(q, k, v, *, mask, mask_bias, pair_bias, scale)``: the output ``[B, S, Q, H, D]`` without
+the gate."""
+
+
+def evoformer_peer(name: str, capabilities: Capabilities, attend: Attend) -> Implementation:
+    """Evoformer attention made of a peer's function."""
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        mask_bias: Tensor | None = None,
+        pair_bias: Tensor | None = None,
+        gate: Tensor | None = None,
+        scale: float | None = None,
+        return_lse: bool = False,
+    ) -> Tensor:
+        operands: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "mask_bias": mask_bias}
+        operands |= {"pair_bias": pair_bias, "gate": gate}
+        call = evoformer_call(
+            **operands,
+            scale=scale,
+            lse=return_lse,
+            device=getattr(q, "device", torch.device("cpu")).type,
+            gradients=wanted(operands),
+        )
+        capabilities.require(call, name)
+        factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        out = attend(
+            q,
+            attended(k, mask),
+            attended(v, mask),
+            mask=mask,
+            mask_bias=mask_bias,
+            pair_bias=pair_bias,
+            scale=factor,
+        )
+        return gated(out, gate)
+
+    return Implementation(name, "torch", capabilities, forward)
+
+
+def wanted(operands: dict[str, Any]) -> list[str]:
+    """The operands that a gradient is wanted for."""
+    return [name for name, x in operands.items() if isinstance(x, Tensor) and x.requires_grad]
+
+
+def gated(out: Tensor, gate: Tensor | None) -> Tensor:
+    """The output times the gate's sigmoid, computed in float32 at least."""
+    if gate is None:
+        return out
+    wide = torch.promote_types(out.dtype, torch.float32)
+    return (out.to(wide) * torch.sigmoid(gate.to(wide))).to(out.dtype)
+
+
+def merged(
+    q: Tensor, mask: Tensor | None, mask_bias: Tensor | None, pair_bias: Tensor | None
+) -> Tensor | None:
+    """One additive mask ``[B·S, H, Q, K]`` in q's dtype, −inf for dropped keys; None for none."""
+    B, S, Q, H, _ = q.shape
+    given = [x for x in (mask_bias, pair_bias) if x is not None]
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+        given.append(bias.masked_fill(~mask, -torch.inf)[:, :, None, None, :])
+    if not given:
+        return None
+    total = sum(given[1:], start=given[0])
+    return total.expand(B, S, H, Q, total.shape[-1]).reshape(B * S, H, Q, -1)
+
+
+def mask_as_bias(
+    mask: Tensor | None, mask_bias: Tensor | None, dtype: torch.dtype, dropped: float
+) -> Tensor | None:
+    """Mask and mask bias as one bias ``[B, S, 1, 1, K]``: ``dropped`` for the keys that the mask
+    drops; None for none.
+    """
+    if mask is None:
+        return mask_bias
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    bias = bias.masked_fill(~mask, dropped)[:, :, None, None, :]
+    return bias if mask_bias is None else bias + mask_bias

@@ -1,0 +1,177 @@
+"""Peers: adapters load without their packages, declare, and put their calls right."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from isoform.conformance.cli import app
+from isoform.conformance.implementation import Implementation
+from isoform.conformance.judge import judge
+from isoform.conformance.operations import CASES, OPERATIONS
+from isoform.conformance.peers import PEERS
+from isoform.conformance.peers.cuequivariance import as_weight, unit_tokens
+from isoform.conformance.peers.xformers import aligned
+from isoform.conformance.registry import NotHere, _load, find
+from isoform.conformance.signatures import SIGNATURES
+from isoform.reference.torch import evoformer_attention
+
+CASE = CASES["evoformer/length-17/fp32/all-operands"]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_an_adapter_needs_no_package_and_declares_what_the_operation_has(name: str) -> None:
+    peer = _load(PEERS[name].target, "torch", None)
+    assert isinstance(peer, Implementation)
+    assert peer.name == name
+    signature = SIGNATURES[peer.operation]
+    assert peer.capabilities.operands <= signature.features
+    assert peer.capabilities.gradients <= {*signature.differentiable}
+    assert ("cpu" in peer.capabilities.devices) == (PEERS[name].where == "cpu")
+
+
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.why_not()])
+def test_what_cannot_run_here_says_what_it_needs(name: str) -> None:
+    with pytest.raises(NotHere, match=f"{name} is not run here: it needs"):
+        find(name)
+    shown = CliRunner().invoke(app, ["check", name, "--tag", "quick"])
+    assert shown.exit_code == 2
+    assert "not run here" in " ".join(shown.output.split())
+
+
+def test_peers_are_listed_and_not_judged_unasked() -> None:
+    shown = CliRunner().invoke(app, ["list", "--peers"]).output
+    assert all(name in shown for name in PEERS)
+    assert not {*PEERS} & {*CliRunner().invoke(app, ["list"]).output.split()}
+
+
+@pytest.mark.parametrize("name", ["sdpa-math", "transformers-rotary"])
+def test_those_that_are_here_run(name: str) -> None:
+    peer = find(name)
+    case = next(
+        case
+        for case in OPERATIONS[peer.operation].cases.values()
+        if not peer.capabilities.unsupported_reasons(OPERATIONS[peer.operation].call_for(case))
+        and not case.large
+        and min(vars(case.shape).values()) > 0
+    )
+    verdicts = {outcome.verdict.value for outcome in judge(peer, case)}
+    assert "error" not in verdicts and "pass" in verdicts
+
+
+# Stand-ins for packages that need a GPU: what they document, written out. They show that an adapter
+# hands over what is meant, and brings back what is meant.
+
+
+def attention(q: Any, k: Any, v: Any, bias: Any, scale: float) -> Any:
+    """Heads first."""
+    return torch.softmax(scale * q @ k.transpose(-1, -2) + bias, -1) @ v
+
+
+def ds4sci(q: Any, k: Any, v: Any, biases: list[Any]) -> Any:
+    bias = sum(x for x in biases if x is not None)
+    heads_first = (x.transpose(2, 3) for x in (q, k, v))
+    return attention(*heads_first, bias, q.shape[-1] ** -0.5).transpose(2, 3)
+
+
+def triangle(q: Any, k: Any, v: Any, bias: Any, mask: Any = None, scale: Any = None) -> Any:
+    dropped = 0 if mask is None else torch.where(mask, 0.0, -1e9)
+    return attention(q, k, v, bias + dropped, scale)
+
+
+def pair_bias(
+    single: Any, pair: Any, mask: Any, heads: int, norm: Any, _: Any, wq: Any, bq: Any, wk: Any,
+    wv: Any, wg: Any, wo: Any, *, attn_scale: float, is_cached_z_proj: bool,
+) -> Any:  # fmt: skip
+    assert is_cached_z_proj and bq is None
+    x = torch.nn.functional.layer_norm(single, single.shape[-1:], norm, eps=1e-5)
+    q, k, v = ((x @ w.T).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (wq, wk, wv))
+    out = attention(q, k, v, pair + torch.where(mask, 0.0, -1e6)[:, None, None], attn_scale)
+    return (out.transpose(1, 2).flatten(2) * torch.sigmoid(x @ wg.T)) @ wo.T, None
+
+
+def memory_efficient(q: Any, k: Any, v: Any, attn_bias: Any = None, scale: Any = None) -> Any:
+    assert attn_bias is None or attn_bias.stride(-2) % 8 == 0
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    bias = 0 if attn_bias is None else attn_bias
+    return attention(*heads_first, bias, scale).transpose(1, 2)
+
+
+def trifast(q: Any, k: Any, v: Any, b: Any, mask: Any) -> Any:
+    assert q.shape[2] == q.shape[3]
+    dropped = torch.where(mask, torch.finfo(q.dtype).min, 0.0)[:, None, :, None]
+    return attention(q, k, v, b[:, :, None] + dropped, q.shape[-1] ** -0.5)
+
+
+STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ds4sci": ("deepspeed.ops.deepspeed4science", {"DS4Sci_EvoformerAttention": ds4sci}),
+    "cueq-triangle": ("cuequivariance_torch", {"triangle_attention": triangle}),
+    "cueq-pair-bias": ("cuequivariance_torch", {"attention_pair_bias": pair_bias}),
+    "xformers": ("xformers.ops", {"memory_efficient_attention": memory_efficient}),
+    "trifast": ("trifast", {"triangle_attention": trifast}),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 21])
+@pytest.mark.parametrize("name", STAND_INS)
+def test_the_call_is_put_right(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, contents = STAND_INS[name]
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        path = ".".join(parts[:end])
+        stand_in = ModuleType(path)
+        stand_in.__path__ = []
+        monkeypatch.setitem(sys.modules, path, stand_in)
+    vars(sys.modules[module]).update(contents)
+    peer = _load(PEERS[name].target, "torch", None)
+    given = OPERATIONS[CASE.operation].operands(CASE)
+    operands = {
+        key: torch.from_numpy(np.ascontiguousarray(x))
+        for key, x in given.items()
+        if key in ("q", "k", "v") or key in peer.capabilities.operands
+    }
+    operands = {
+        key: x if key == "pair_bias" else x[:, :1].expand(-1, rows, *x.shape[2:]).clone()
+        for key, x in operands.items()
+    }
+    operands["mask"][..., 0] = True  # what a row without a key gets is the peer's own business
+    # told as for a CPU: only what the adapter does is looked at
+    allowed = peer.capabilities.devices | {"cpu"}
+    object.__setattr__(peer.capabilities, "devices", allowed)
+    dtypes = peer.capabilities.dtypes
+    object.__setattr__(peer.capabilities, "dtypes", dtypes | {"float32"})
+    try:
+        leaves = {k: x.clone().requires_grad_(x.is_floating_point()) for k, x in operands.items()}
+        again = {k: x.clone().requires_grad_(x.is_floating_point()) for k, x in operands.items()}
+        for scale in (None, 0.3):
+            out = peer.forward(**leaves, scale=scale)
+            wanted = evoformer_attention(**again, scale=scale)
+            torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+        floats = [k for k, x in leaves.items() if x.is_floating_point()]
+        ours = torch.autograd.grad(out.sin().sum(), [leaves[k] for k in floats])
+        theirs = torch.autograd.grad(wanted.sin().sum(), [again[k] for k in floats])
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    finally:
+        object.__setattr__(peer.capabilities, "devices", allowed - {"cpu"})
+        object.__setattr__(peer.capabilities, "dtypes", dtypes)
+
+
+def test_the_single_representation_brings_operands_through_a_layer_norm() -> None:
+    x = torch.randn(11, 2, 3)
+    single, norm = unit_tokens(11, x)
+    normed = torch.nn.functional.layer_norm(single, single.shape[-1:], norm, eps=1e-5)
+    torch.testing.assert_close(normed @ as_weight(x).T, x.flatten(1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_is_aligned() -> None:
+    bias = torch.randn(2, 3, 5, 13)
+    assert aligned(None) is None
+    laid = aligned(bias)
+    assert laid is not None and laid.stride(-2) == 16 and torch.equal(laid, bias)
