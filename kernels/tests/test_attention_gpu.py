@@ -79,18 +79,16 @@ def all_equal(some, others):
 # --- A million tokens -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", ["cuda-tensor", *LIBRARIES])
-def test_a_million_tokens_forward_and_backward(kernel, record_property):
+def test_a_million_tokens_forward_and_backward(record_property):
     """Peak memory is that of operands, outputs, gradients and lse, and 5 %.
 
-    Ours sees a window of 4096 tokens, a hundredth of a second's work. The libraries know none:
-    fully causal it is 2.3 PFLOP forward and 5.6 backward, half a minute. They sum dq in a float32
-    of its own, which comes on top.
+    A window of 4096 tokens makes it a hundredth of a second's work; fully causal it is half a
+    minute's. (PyTorch's flash attention takes 28.1 GB, fully causal, where 17.2 are needed.)
     """
+    kernel = "cuda-tensor"
     L, H, D = 1 << 20, 16, 64
     made = tensors(B=1, L=128, H=H, G=H, D=D, requires_grad=False)
-    skip_without(kernel, made)
-    asked = {"causal": True} | ({"window": (4095, 0)} if kernel == "cuda-tensor" else {})
+    asked = {"causal": True, "window": (4095, 0)}
     leaves = {name: x.requires_grad_() for name, x in made.items()}
     forward_and_backward(leaves, **asked, kernel=kernel)  # compiles
     held = torch.cuda.memory_allocated()
@@ -105,7 +103,6 @@ def test_a_million_tokens_forward_and_backward(kernel, record_property):
     record_property("seconds", round(perf_counter() - began, 3))
     peak = torch.cuda.max_memory_allocated() - held
     needed = sum(x.nbytes for x in (q, k, v, dout, out, lse, *gradients))
-    needed += 4 * q.numel() if kernel in LIBRARIES else 0
     record_property("peak over needed", round(peak / needed, 4))
     assert peak <= 1.05 * needed
     assert all(bool(x.isfinite().all()) for x in (out, *gradients))
@@ -185,6 +182,8 @@ def test_the_libraries_lse_of_nan_and_of_no_sum(kernel):
     made["k"][0, :, 0] = -torch.inf
     out, lse = attention(**made, kernel=kernel, return_lse=True)
     assert lse[0, 0, 0].isnan()
+    if kernel == "cuda-flash":
+        pytest.xfail("flash attention's lse of a query whose logits are all −inf is NaN")
     assert lse[0, 0, 1] == -torch.inf
     assert torch.equal(out[0, 1, 0], torch.zeros_like(out[0, 1, 0]))
 

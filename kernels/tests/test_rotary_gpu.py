@@ -174,6 +174,7 @@ def test_it_is_captured_in_a_graph_without_a_synchronisation(in_place):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_call_waits_for_the_gpu_or_takes_more_memory_than_its_results():
     x, p = rows(), positions()
     rotary_embedding(x, p)
