@@ -208,7 +208,9 @@ def test_wrong_arrays_are_refused():
         sharding.shard(np.zeros((1, 7, 4)), 0)
     with pytest.raises(ValueError, match=r"x has no axis 1, got shape \(8,\)"):
         sharding.shard(np.zeros(8), 0)
-    with pytest.raises(TypeError, match="x must be a NumPy array or a PyTorch tensor, got list"):
+    with pytest.raises(
+        TypeError, match="x must be a NumPy array, a PyTorch tensor or a CuPy array, got"
+    ):
         sharding.shard([0] * 8, 0)
     with pytest.raises(ValueError, match="one shard for each of 3 ranks, got 2"):
         sharding.unshard([np.zeros((1, 3))] * 2)

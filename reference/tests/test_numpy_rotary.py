@@ -388,6 +388,7 @@ def test_products_depend_on_the_distance_alone(call: Any, shift: int) -> None:
 @given(calls(scaled=False), st.integers(-(2**20), 2**20))
 def test_turning_twice_is_turning_by_the_sum(call: Any, further: int) -> None:
     x, positions, options = call
+    positions //= 2  # the sum is exact up to 2²¹ too
     twice = rotary_embedding(
         rotary_embedding(x, positions, **options), np.full_like(positions, further), **options
     )

@@ -16,8 +16,8 @@ def operation(
     """An operation of PyTorch's, on CUDA tensors.
 
     Not by `torch.library.custom_op`, whose first call imports the compiler of PyTorch, which takes
-    longer than ours; nor is `fake` given to `torch.library.register_fake`, which looks up the file of
-    every module loaded.
+    longer than ours; nor is `fake` given to `torch.library.register_fake`, which looks up the file
+    of every module loaded.
 
     Args:
         name: Its name, ``isoform::name``.
