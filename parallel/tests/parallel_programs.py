@@ -254,6 +254,7 @@ class Case:
     library: str = "numpy"
     seed: int = 0
     topology: Any = None
+    deterministic: bool = False
 
     def sharding(self, P: int) -> Sharding:
         return Sharding(self.kind, self.L, P, self.block)
@@ -307,6 +308,7 @@ def attend(comm: Communicator, case: Case) -> dict[str, Any]:
         "strategy": case.strategy,
         "near": case.near,
         "topology": case.topology,
+        "deterministic": case.deterministic,
     }
     comm.traffic.clear()
     if case.library == "torch":
@@ -367,6 +369,26 @@ def attend_twice(comm: Communicator, case: Case) -> bool:
     """Whether a second call, and a second backward, give the same bits."""
     first, second = attend(comm, case), attend(comm, case)
     return all(np.array_equal(first[name], second[name]) for name in ("out", "dq", "dk", "dv"))
+
+
+def in_whole_tiles(comm: Communicator, case: Case) -> dict[str, Any]:
+    """An all-gather with ``deterministic=True``: lse too, and gradients not yet rounded."""
+    from isoform.parallel import whole_tiles
+    from isoform.parallel.local import Mask
+
+    sharding = case.sharding(comm.size)
+    own = {name: sharding.shard(x, comm.rank) for name, x in case.operands().items()}
+    if case.library == "torch":
+        own = {name: to_torch(x, case.dtype) for name, x in own.items()}
+    segments = case.segments
+    if segments is not None:
+        segments = tuple(sharding.shard(segments, r, axis=-1) for r in range(comm.size))
+    mask = Mask(sharding, segments=segments, **case.options)
+    out, saved = whole_tiles.forward(*(own[name] for name in "qkv"), comm, mask)
+    found = (out, saved.lse, *whole_tiles.backward(own["dout"], saved, comm, mask))
+    if case.library == "torch":
+        found = tuple(x.double().numpy() for x in found)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), found, strict=True))
 
 
 def own_rank(comm: Communicator, x: Any) -> tuple[int, int, Any]:

@@ -31,7 +31,7 @@ def forward(q: Any, k: Any, v: Any, comm: Communicator, mask: Mask) -> tuple[Any
     Returns:
         ``out [B, L_r, H, D]`` in q's dtype, and what the backward needs.
     """
-    keys, values = _gathered(k, comm, mask), _gathered(v, comm, mask)
+    keys, values = gathered(k, comm, mask), gathered(v, comm, mask)
     out, lse = local.attend(q, keys, values, mask.to_all(comm.rank, q))
     out = astype_of(out, q)
     return out, Saved(q, k, v, out, lse)
@@ -46,7 +46,7 @@ def backward(dout: Any, saved: Saved, comm: Communicator, mask: Mask) -> Gradien
         comm, mask: As in the forward.
     """
     q, k, v, out, lse = saved
-    keys, values = _gathered(k, comm, mask), _gathered(v, comm, mask)
+    keys, values = gathered(k, comm, mask), gathered(v, comm, mask)
     delta = local.delta_of(dout, out)
     part = local.differentiate(dout, q, keys, values, lse, delta, mask.to_all(comm.rank, q))
     dk, dv = (
@@ -56,8 +56,8 @@ def backward(dout: Any, saved: Saved, comm: Communicator, mask: Mask) -> Gradien
     return Gradients(part.dq, dk, dv)
 
 
-def _gathered(x: Any, comm: Communicator, mask: Mask) -> Any:
-    """All ranks' ``x``, in the order of the sequence."""
-    B, _, *rest = x.shape
-    shapes = [(B, length, *rest) for length in mask.sharding.lengths]
-    return mask.sharding.unshard(comm.all_gather(x, shapes))
+def gathered(x: Any, comm: Communicator, mask: Mask, axis: int = 1) -> Any:
+    """All ranks' ``x``, in the order of the sequence, which lies on ``axis``."""
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    shapes = [(*before, length, *after) for length in mask.sharding.lengths]
+    return mask.sharding.unshard(comm.all_gather(x, shapes), axis)

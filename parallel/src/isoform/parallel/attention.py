@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, cast, get_args
 
-from isoform.parallel import all_gather, hybrid, ring
+from isoform.parallel import all_gather, hybrid, ring, whole_tiles
 from isoform.parallel.arrays import (
     Array,
     astype_of,
@@ -36,6 +36,9 @@ Backward = Callable[[Any], Gradients]
 PLACES = ("positions", "segments")
 """What a call may say of where its tokens lie; every rank must know it of all."""
 
+SAID = ("sharding", "strategy", "near", "causal", "scale", "deterministic", "differentiated")
+"""What else a call says that must be the same on all ranks."""
+
 LOG = logging.getLogger("isoform.parallel")
 
 
@@ -54,6 +57,7 @@ def attention(
     segments: Any = None,
     window: int | tuple[int, int] | None = None,
     scale: float | None = None,
+    deterministic: bool = False,
 ) -> Any:
     """Attention of this rank's queries to the keys of all ranks.
 
@@ -78,6 +82,12 @@ def attention(
         window: ``(left, right)``: how many positions before and after its own a query looks, −1
             for no end; a number stands for both sides.
         scale: Factor of the logits; ``D**-0.5`` by default.
+        deterministic: Equal calls give equal bits, gradients included, from run to run. With
+            ``"all_gather"`` also at every number of ranks and with every sharding: one rank gives
+            the bits of eight, given the same processor, libraries and number of threads. That
+            costs twice the work in the backward, and memory and bytes for q and dout of all ranks
+            (:mod:`isoform.parallel.whole_tiles`). The other strategies add up by rank, so their
+            bits are those of their number of ranks and of their sharding.
 
     Returns:
         ``out [B, L_r, H, D]``, this rank's shard, in q's dtype.
@@ -91,9 +101,9 @@ def attention(
     Source:
         The strategies' modules name theirs.
     """
-    asked = _Asked(
-        comm, sharding, strategy, near, topology, causal, positions, segments, window, scale
-    )
+    way = (comm, sharding, strategy, near, topology)
+    options = (causal, positions, segments, window, scale)
+    asked = _Asked(*way, *options, deterministic=deterministic)
     if any(is_tensor(x) and x.requires_grad for x in (q, k, v)):
         from isoform.parallel.torch_function import apply
 
@@ -116,12 +126,13 @@ def attention_vjp(
     segments: Any = None,
     window: int | tuple[int, int] | None = None,
     scale: float | None = None,
+    deterministic: bool = False,
 ) -> tuple[Any, Backward]:
     """:func:`attention`, and the function that takes its gradient back (a vector-Jacobian product).
 
     Args:
         q, k, v, comm, sharding, strategy, near, topology: As in :func:`attention`.
-        causal, positions, segments, window, scale: As in :func:`attention`.
+        causal, positions, segments, window, scale, deterministic: As in :func:`attention`.
 
     Returns:
         ``out``, and a function of ``dout`` (the gradient of the loss by ``out``, in its shape and
@@ -133,7 +144,8 @@ def attention_vjp(
     """
     way = (comm, sharding, strategy, near, topology)
     options = (causal, positions, segments, window, scale)
-    return _vjp(q, k, v, _Asked(*way, *options, differentiated=True))
+    asked = _Asked(*way, *options, deterministic=deterministic, differentiated=True)
+    return _vjp(q, k, v, asked)
 
 
 def explain(
@@ -190,6 +202,7 @@ class _Asked:
     segments: Any
     window: int | tuple[int, int] | None
     scale: float | None
+    deterministic: bool
     differentiated: bool = False
 
     def plan(self, q: Any, k: Any) -> Plan:
@@ -223,7 +236,8 @@ class _Asked:
     def way(self) -> tuple[Callable[..., tuple[Any, Any]], Callable[..., Gradients]]:
         """The strategy's forward and backward."""
         if self.strategy == "all_gather":
-            return all_gather.forward, all_gather.backward
+            gathering = whole_tiles if self.deterministic else all_gather
+            return gathering.forward, gathering.backward
         if self.strategy == "ring":
             alone = [[rank] for rank in range(self.comm.size)]
             return partial(ring.forward, groups=alone), partial(ring.backward, groups=alone)
@@ -285,7 +299,7 @@ def _check_on_all_ranks(q: Any, k: Any, v: Any, asked: _Asked) -> None:
                 "none" if given is None else f"{dtype_name(given)} with {len(given.shape)} axes"
             )
         facts["window"] = resolve_window(asked.window)
-        for name in ("sharding", "strategy", "near", "causal", "scale", "differentiated"):
+        for name in SAID:
             facts[name] = str(getattr(asked, name))
         facts["chosen"] = chosen
     try:
@@ -311,6 +325,11 @@ def _check_here(q: Any, k: Any, v: Any, asked: _Asked) -> None:
     if asked.strategy not in get_args(Strategy):
         known = ", ".join(get_args(Strategy))
         raise ValueError(f"strategy must be one of {known}, got {asked.strategy!r}")
+    if asked.deterministic and asked.strategy == "auto":
+        raise ValueError(
+            "deterministic=True needs a strategy by name: auto may take another at another number "
+            "of ranks, and what it costs the planner does not know"
+        )
     if sharding.ranks != comm.size:
         raise ValueError(f"the sharding is for {sharding.ranks} ranks, but there are {comm.size}")
     held = sharding.lengths[comm.rank]

@@ -68,13 +68,15 @@ class Mask:
 
     def to_all(self, rank: int, like: Any) -> dict[str, Any]:
         """The options of attention from one rank's shard to the whole, in its own order."""
+        options = self.between([rank], range(self.sharding.ranks), like)
+        return self._ordered(options, ("key_positions", "key_segments"), like)
+
+    def in_order(self, like: Any) -> dict[str, Any]:
+        """The options of attention from the whole to itself, in the order of the sequence."""
         every = range(self.sharding.ranks)
-        options = self.between([rank], every, like)
-        order = as_like(np.argsort(_together(map(self.sharding.positions, every))), like)
-        for name in ("key_positions", "key_segments"):
-            if name in options:
-                options[name] = options[name][..., order]
-        return options
+        options = self.between(every, every, like)
+        places = ("positions", "segments", "key_positions", "key_segments")
+        return self._ordered(options, places, like)
 
     def between(self, queries: Sequence[int], keys: Sequence[int], like: Any) -> dict[str, Any]:
         """The options of attention from the shards of some ranks to those of others.
@@ -99,6 +101,12 @@ class Mask:
     def length(self, ranks: Sequence[int]) -> int:
         """How many positions some ranks have together."""
         return sum(self.sharding.lengths[rank] for rank in ranks)
+
+    def _ordered(self, options: dict[str, Any], names: Sequence[str], like: Any) -> dict[str, Any]:
+        """``options`` with those of the whole, ``names``, from the order of ranks to its own."""
+        every = map(self.sharding.positions, range(self.sharding.ranks))
+        order = as_like(np.argsort(_together(every)), like)
+        return {name: x[..., order] if name in names else x for name, x in options.items()}
 
     def _places(self, ranks: Sequence[int]) -> Array:
         given = self.positions

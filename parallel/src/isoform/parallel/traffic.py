@@ -196,7 +196,14 @@ def served(sizes: Sizes, ranks: int, near: int) -> Served:
     return Served(heads, groups, local, shared([part.groups for part in parts]))
 
 
-def pattern(strategy: str, sharding: Sharding, sizes: Sizes, *, near: int | None = None) -> Passes:
+def pattern(
+    strategy: str,
+    sharding: Sharding,
+    sizes: Sizes,
+    *,
+    near: int | None = None,
+    deterministic: bool = False,
+) -> Passes:
     """The exchanges that a strategy makes, forward and backward.
 
     Args:
@@ -204,6 +211,8 @@ def pattern(strategy: str, sharding: Sharding, sizes: Sizes, *, near: int | None
         sharding: Which positions each rank has.
         sizes: The other sizes.
         near: For the hybrid: ranks in a group; divides P.
+        deterministic: As in :func:`isoform.parallel.attention.attention`: the all-gather then
+            sends queries to keys instead of the gradients of keys home.
 
     Raises:
         ValueError: The strategy is unknown, or ``near`` does not fit it.
@@ -215,6 +224,10 @@ def pattern(strategy: str, sharding: Sharding, sizes: Sizes, *, near: int | None
     if strategy == "all_gather":
         keys = line * sizes.G
         gathered = AllToAll("all_gather", P, held, one, item * keys, 2)
+        if deterministic:
+            queries = AllToAll("all_gather", P, held, one, item * line * sizes.H, 2)  # and dout
+            statistics = AllToAll("all_gather", P, held, one, wide * sizes.B * sizes.H, 2)
+            return Passes((gathered,), (gathered, queries, statistics))
         scattered = AllToAll("reduce_scatter", P, one, held, wide * keys, 2)
         return Passes((gathered,), (gathered, scattered))
 

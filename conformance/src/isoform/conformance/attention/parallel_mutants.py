@@ -282,7 +282,7 @@ def _mutants() -> Iterator[Mutant]:
         "all-gather-zigzag",
         "out/condition",
         "mask/fp32/causal",
-        _instead(all_gather, _gathered=_in_order_of_ranks),
+        _instead(all_gather, gathered=_in_order_of_ranks),
     )
     yield mutant(
         "base-two",
