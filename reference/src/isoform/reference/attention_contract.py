@@ -191,7 +191,7 @@ def resolve_window(window: Any, causal: bool = False) -> tuple[int, int]:
     if window is None:
         sides = (UNLIMITED, UNLIMITED)
     else:
-        pair = window if isinstance(window, tuple | list) else (window, window)
+        pair = window if isinstance(window, (tuple, list)) else (window, window)
         if len(pair) != 2:
             raise ValueError(f"window must be one number or (left, right), got {window!r}")
         if any(isinstance(side, bool) or not hasattr(side, "__index__") for side in pair):
