@@ -1,7 +1,9 @@
-"""What several tests share: made-up outcomes, made-up known faults."""
+"""What several tests share: made-up outcomes, made-up known faults, kernels to be spoiled."""
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,10 @@ from typing import Any
 import pytest
 
 from isoform.conformance import expected
+from isoform.conformance.implementations import emulation
 from isoform.conformance.verdicts import GROUPS, Outcome, Part, Verdict
+from isoform.kernels.emulate import build
+from isoform.kernels.emulate.program import CUDA
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,3 +60,13 @@ def known_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     record()
     yield record
     expected.expected_failures.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the kernels, which are run instead of ours."""
+    copy = tmp_path / "cuda"
+    shutil.copytree(CUDA, copy)
+    monkeypatch.setenv("ISOFORM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(emulation, "build", functools.partial(build, folder=copy))
+    return copy

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from isoform.conformance.judge import judge, judge_invalid_calls
 from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.verdicts import Verdict
 from isoform.kernels import plain
-from isoform.kernels.emulate import HostCompilerUnavailable, KernelFault, build, host_compiler
+from isoform.kernels.emulate import HostCompilerUnavailable, KernelFault, host_compiler
 from isoform.kernels.emulate.program import CUDA
 
 try:
@@ -36,16 +34,6 @@ def all_results() -> Operands:
     out, lse = emulated.evoformer_attention(**operands, return_lse=True)
     gradients = emulated.evoformer_attention_backward(dout, **operands)
     return {"out": out, "lse": lse, **gradients._asdict()}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the kernels, which are run instead of ours."""
-    copy = tmp_path / "cuda"
-    shutil.copytree(CUDA, copy)
-    monkeypatch.setenv("ISOFORM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(emulated, "build", functools.partial(build, folder=copy))
-    return copy
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from isoform.conformance.implementations import emulated_rotary as emulated
 from isoform.conformance.judge import judge, judge_invalid_calls
 from isoform.conformance.operations import CASES
 from isoform.conformance.verdicts import Verdict
-from isoform.kernels.emulate import HostCompilerUnavailable, KernelFault, build, host_compiler
+from isoform.kernels.emulate import HostCompilerUnavailable, KernelFault, host_compiler
 from isoform.kernels.emulate.program import CUDA
 from isoform.kernels.rotary_launch import SOURCE, Turn
 from isoform.reference.numpy import rotary_embedding, rotary_embedding_backward, rotary_tables
@@ -139,16 +137,6 @@ def test_vectors_of_any_width_give_the_same_bits(dtype: Any, layout: str) -> Non
         view[...] = x
         results.append(emulated.rotary_embedding(view, positions, layout=layout).tobytes())
     assert len(set(results)) == 1
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the kernels, which are run instead of ours."""
-    copy = tmp_path / "cuda"
-    shutil.copytree(CUDA, copy)
-    monkeypatch.setenv("ISOFORM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(emulated, "build", functools.partial(build, folder=copy))
-    return copy
 
 
 BARRIER = "__syncthreads();"

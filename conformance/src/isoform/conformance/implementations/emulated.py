@@ -7,7 +7,7 @@ order in which threads can take turns, and must be the same bit by bit in all of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,18 +18,13 @@ from isoform.conformance.implementation import Implementation
 from isoform.conformance.implementations import cuda
 from isoform.conformance.implementations.emulated_attention import CUDA_EMULATED_ATTENTION
 from isoform.conformance.implementations.emulated_rotary import CUDA_EMULATED_ROTARY
-from isoform.conformance.implementations.emulation import in_every_order, unwritten
-from isoform.kernels.arguments import View, pack
+from isoform.conformance.implementations.emulation import Made, results_of
+from isoform.kernels.arguments import EVOFORMER
 from isoform.kernels.choice import Kernel, select
-from isoform.kernels.emulate import Order, build
-from isoform.kernels.launch import Pass
 from isoform.reference.contract import DIFFERENTIABLE, Call, evoformer_call
 from isoform.reference.numpy.evoformer import Gradients, check_cotangent, resolve_scale
 
 NAME = "cuda-emulated"
-Made = dict[str, tuple[tuple[int, ...], Any]]
-"""Shape and dtype of results, by name."""
-
 CAPABILITIES = replace(cuda.CAPABILITIES, devices=frozenset({"cpu"}))
 
 
@@ -65,7 +60,7 @@ def evoformer_attention(
     made: Made = {"out": (q.shape, q.dtype)}
     if return_lse:
         made["lse"] = call.shape.of("lse"), np.dtype(np.float32)
-    results = _run([kernel.forward], call, operands, factor, made)
+    results = results_of([kernel.forward], call, operands, factor, made, EVOFORMER)
     return (results["out"], results["lse"]) if return_lse else results["out"]
 
 
@@ -106,7 +101,7 @@ def evoformer_attention_backward(
             name: (call.shape.of("lse"), np.dtype(f"u{size}"))
             for name, size in kernel.saved.items()
         }
-    results = _run(passes, call, {**operands, "dout": dout}, factor, made)
+    results = results_of(passes, call, {**operands, "dout": dout}, factor, made, EVOFORMER)
     return Gradients(
         dq=results["dq"],
         dk=results["dk"],
@@ -130,44 +125,6 @@ CUDA_EMULATED = Implementation(
 def _kernel(call: Call) -> Kernel:
     """The kernel that would run on a GPU which has all instructions that are emulated."""
     return select(replace(call, device="cuda", architecture="sm_80"))
-
-
-def _run(
-    passes: Sequence[Pass],
-    call: Call,
-    operands: Mapping[str, Array],
-    scale: float,
-    made: Made,
-) -> dict[str, Array]:
-    """What the launches write, results as ``made`` lists, in memory made anew for each order."""
-
-    def run(order: Order) -> dict[str, Array]:
-        results = {name: unwritten(*each) for name, each in made.items()}
-        for one in passes:
-            views = _views({**operands, **results})
-            work = one(call.shape, call.dtype, views)
-            scratch = {name: unwritten(shape, np.float32) for name, shape in work.scratch.items()}
-            views |= _views(scratch)
-            arguments = pack(call.shape, views, scale, work.counts).tobytes()
-            for launch in work.launches:
-                build(launch.source, defines=launch.defines).launch(
-                    launch.kernel,
-                    grid=(launch.blocks,),
-                    block=launch.threads,
-                    arguments=arguments,
-                    shared_bytes=launch.shared_bytes,
-                    order=order,
-                )
-        return results
-
-    return in_every_order(run)
-
-
-def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
-    return {
-        name: View.of(x.ctypes.data, x.shape, tuple(step // x.itemsize for step in x.strides))
-        for name, x in arrays.items()
-    }
 
 
 def _optional(mask: Any, mask_bias: Any, pair_bias: Any, gate: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ As :mod:`~isoform.conformance.implementations.emulated` says of Evoformer attent
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,22 +14,16 @@ import numpy as np
 
 from isoform.conformance.dtypes import Array
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.implementations.emulation import in_every_order, unwritten
+from isoform.conformance.implementations.emulation import Made, results_of
 from isoform.kernels import attention_plain, attention_tensor
-from isoform.kernels.arguments import View
 from isoform.kernels.attention_arguments import ATTENTION, Options
 from isoform.kernels.attention_choice import Kernel, Wish, select, without_idle_places
-from isoform.kernels.emulate import Order, build
-from isoform.kernels.launch import Pass
 from isoform.reference.attention_contract import DIFFERENTIABLE, PLACES, attention_call
 from isoform.reference.contract import Call
 from isoform.reference.numpy.attention import AttentionGradients
 from isoform.reference.numpy.evoformer import check_cotangent, resolve_scale
 
 NAME = "cuda-emulated"
-Made = dict[str, tuple[tuple[int, ...], Any]]
-"""Shape and dtype of results, by name."""
-
 PLAIN = replace(attention_plain.CAPABILITIES, devices=frozenset({"cpu"}))
 CAPABILITIES = replace(PLAIN, arithmetic=attention_tensor.CAPABILITIES.arithmetic)
 
@@ -65,7 +59,8 @@ def attention(
     if return_lse:
         made["lse"] = call.shape.of("lse"), np.dtype(np.float32)
     passes = [_kernel(call, factor, kernel).forward_of(options)]
-    results = _run(passes, call, _arrays(call, q, k, v, places), factor, made)
+    arrays = _arrays(call, q, k, v, places)
+    results = results_of(passes, call, arrays, factor, made, ATTENTION)
     return (results["out"], results["lse"]) if return_lse else results["out"]
 
 
@@ -101,7 +96,7 @@ def attention_backward(
     arrays = _arrays(call, q, k, v, places)
     made |= {f"d{name}": (arrays[name].shape, q.dtype) for name in DIFFERENTIABLE}
     passes = [chosen.forward_of(options), chosen.backward_of(options, DIFFERENTIABLE)]
-    results = _run(passes, call, {**arrays, "dout": dout}, factor, made)
+    results = results_of(passes, call, {**arrays, "dout": dout}, factor, made, ATTENTION)
     return AttentionGradients(*(results[f"d{name}"] for name in DIFFERENTIABLE))
 
 
@@ -154,41 +149,3 @@ def _arrays(
             assert x is not None
             found[name] = np.broadcast_to(x, call.shape.of(name)).astype(np.int64)
     return found
-
-
-def _run(
-    passes: Sequence[Pass],
-    call: Call,
-    operands: Mapping[str, Array],
-    scale: float,
-    made: Made,
-) -> dict[str, Array]:
-    """What the launches write, results as ``made`` lists, in memory made anew for each order."""
-
-    def run(order: Order) -> dict[str, Array]:
-        results = {name: unwritten(*each) for name, each in made.items()}
-        for one in passes:
-            views = _views({**operands, **results})
-            work = one(call.shape, call.dtype, views)
-            scratch = {name: unwritten(shape, np.float32) for name, shape in work.scratch.items()}
-            views |= _views(scratch)
-            arguments = ATTENTION.pack(call.shape, views, scale, work.counts).tobytes()
-            for launch in work.launches:
-                build(launch.source, defines=launch.defines).launch(
-                    launch.kernel,
-                    grid=(launch.blocks,),
-                    block=launch.threads,
-                    arguments=arguments,
-                    shared_bytes=launch.shared_bytes,
-                    order=order,
-                )
-        return results
-
-    return in_every_order(run)
-
-
-def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
-    return {
-        name: View.of(x.ctypes.data, x.shape, tuple(step // x.itemsize for step in x.strides))
-        for name, x in arrays.items()
-    }

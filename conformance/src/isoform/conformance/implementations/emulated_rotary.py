@@ -10,9 +10,14 @@ from typing import Any
 
 from isoform.conformance.dtypes import Array
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.implementations.emulation import in_every_order, unwritten
+from isoform.conformance.implementations.emulation import (
+    in_every_order,
+    launch_all,
+    strides,
+    unwritten,
+)
 from isoform.kernels import rotary_launch
-from isoform.kernels.emulate import Order, build
+from isoform.kernels.emulate import Order
 from isoform.kernels.rotary_launch import Lying, Turn, told
 from isoform.reference.rotary_contract import resolve_rotary_dim, rotary_call
 from isoform.reference.rotary_scaling import Scaling
@@ -109,17 +114,8 @@ def turned(turn: Turn, operands: list[Array], positions: Array) -> list[Array]:
 def launch(turn: Turn, arrays: dict[str, Array], order: Order = "forward") -> None:
     """What :func:`isoform.kernels.rotary_launch.launch` does, emulated."""
     found = told(turn, {name: _lying(x) for name, x in arrays.items()})
-    for each in found.work.launches:
-        build(each.source, defines=each.defines).launch(
-            each.kernel,
-            grid=(each.blocks,),
-            block=each.threads,
-            arguments=found.arguments.tobytes(),
-            shared_bytes=each.shared_bytes,
-            order=order,
-        )
+    launch_all(found.work.launches, found.arguments.tobytes(), order)
 
 
 def _lying(x: Array) -> Lying:
-    strides = tuple(step // x.itemsize for step in x.strides)
-    return Lying(x.ctypes.data, x.shape, strides, str(x.dtype))
+    return Lying(x.ctypes.data, x.shape, strides(x), str(x.dtype))

@@ -2,13 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from isoform.conformance.dtypes import Array
-from isoform.kernels.emulate import ORDERS, KernelFault, Order
+from isoform.kernels.arguments import Struct, View
+from isoform.kernels.emulate import ORDERS, KernelFault, Order, build
+from isoform.kernels.launch import Launch, Pass
+from isoform.reference.contract import Call
+
+Made = dict[str, tuple[tuple[int, ...], Any]]
+"""Shape and dtype of results, by name."""
+
+
+def results_of(
+    passes: Sequence[Pass],
+    call: Call,
+    operands: Mapping[str, Array],
+    scale: float,
+    made: Made,
+    struct: Struct,
+) -> dict[str, Array]:
+    """What the passes write, results as ``made`` lists, in memory made anew for each order.
+
+    Args:
+        passes: Those of one call, one after the other.
+        call: The call.
+        operands: Its arrays, by name.
+        scale: The factor of the logits.
+        made: The results.
+        struct: What the operation's kernels are told.
+    """
+
+    def run(order: Order) -> dict[str, Array]:
+        results = {name: unwritten(*each) for name, each in made.items()}
+        for one in passes:
+            views = _views({**operands, **results})
+            work = one(call.shape, call.dtype, views)
+            scratch = {name: unwritten(shape, np.float32) for name, shape in work.scratch.items()}
+            views |= _views(scratch)
+            arguments = struct.pack(call.shape, views, scale, work.counts).tobytes()
+            launch_all(work.launches, arguments, order)
+        return results
+
+    return in_every_order(run)
+
+
+def launch_all(launches: Iterable[Launch], arguments: bytes, order: Order) -> None:
+    """Run kernels, one after the other."""
+    for launch in launches:
+        build(launch.source, defines=launch.defines).launch(
+            launch.kernel,
+            grid=(launch.blocks,),
+            block=launch.threads,
+            arguments=arguments,
+            shared_bytes=launch.shared_bytes,
+            order=order,
+        )
 
 
 def in_every_order(run: Callable[[Order], dict[str, Array]]) -> dict[str, Array]:
@@ -33,3 +85,12 @@ def unwritten(shape: tuple[int, ...], dtype: Any) -> Array:
     bits = np.full((*shape, np.dtype(dtype).itemsize), 0xFF, np.uint8)
     memory: Array = bits.view(dtype)[..., 0]
     return memory
+
+
+def strides(x: Array) -> tuple[int, ...]:
+    """From one element to the next along each axis, in elements."""
+    return tuple(step // x.itemsize for step in x.strides)
+
+
+def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
+    return {name: View.of(x.ctypes.data, x.shape, strides(x)) for name, x in arrays.items()}
