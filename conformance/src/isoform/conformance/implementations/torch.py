@@ -7,6 +7,7 @@ without a key; each adapter says what it adds, and declares what is left unsuppo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def sdpa(
         Unsupported: lse is wanted, or an axis is empty.
     """
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    _require(SDPA_CAPABILITIES, "torch-sdpa", q, k, v, scale, return_lse, operands)
+    require(SDPA_CAPABILITIES, "torch-sdpa", q, k, v, scale, return_lse, operands)
     B, S, Q, H, D = q.shape
     K, G = k.shape[2:4]
     additive = None
@@ -117,7 +118,7 @@ def sdpa(
         scale=None if scale is None else float(scale),
         enable_gqa=G != H,
     )
-    return _gated(out.transpose(1, 2).reshape(q.shape), gate)
+    return gated(out.transpose(1, 2).reshape(q.shape), gate)
 
 
 SDPA = Implementation("torch-sdpa", "torch", SDPA_CAPABILITIES, sdpa, others=(SDPA_ATTENTION,))
@@ -153,9 +154,61 @@ def flex(
         Unsupported: A gradient is wanted, or an axis is empty.
     """
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    _require(FLEX_CAPABILITIES, "torch-flex", q, k, v, scale, return_lse, operands)
+    require(FLEX_CAPABILITIES, "torch-flex", q, k, v, scale, return_lse, operands)
     B, S, Q, H, D = q.shape
     K, G = k.shape[2:4]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        out, aux = flex_attention(
+            q.reshape(B * S, Q, H, D).transpose(1, 2),
+            attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
+            attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
+            score_mod=score_of(k, mask, mask_bias, pair_bias),
+            scale=None if scale is None else float(scale),
+            enable_gqa=G != H,
+            return_aux=AuxRequest(lse=True),
+        )
+    out = gated(out.transpose(1, 2).reshape(q.shape), gate)
+    assert aux.lse is not None  # it was asked for
+    return (out, aux.lse.reshape(B, S, H, Q)) if return_lse else out
+
+
+FLEX = Implementation("torch-flex", "torch", FLEX_CAPABILITIES, flex, others=(FLEX_ATTENTION,))
+
+
+def require(
+    capabilities: Capabilities,
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    return_lse: bool,
+    operands: dict[str, Tensor | None],
+) -> None:
+    """Check the call of Evoformer attention, and decline what is not supported."""
+    named: dict[str, Any] = {"q": q, "k": k, "v": v, **operands}
+    call = evoformer_call(
+        **named,
+        scale=scale,
+        lse=return_lse,
+        device=getattr(q, "device", torch.device("cpu")).type,
+        gradients=wanted(named),
+    )
+    capabilities.require(call, name)
+
+
+def wanted(operands: Mapping[str, Any]) -> list[str]:
+    """The operands that a gradient is wanted for."""
+    return [name for name, x in operands.items() if isinstance(x, Tensor) and x.requires_grad]
+
+
+def score_of(
+    k: Tensor, mask: Tensor | None, mask_bias: Tensor | None, pair_bias: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The biases and the mask as a score function of FlexAttention's, whose batch is B·S rows."""
+    B, S, K = k.shape[:3]
 
     def score(s: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if mask_bias is not None:
@@ -166,48 +219,11 @@ def flex(
             s = torch.where(mask.reshape(B * S, K)[row, key], s, -torch.inf)
         return s
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        out, aux = flex_attention(
-            q.reshape(B * S, Q, H, D).transpose(1, 2),
-            attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
-            attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
-            score_mod=score,
-            scale=None if scale is None else float(scale),
-            enable_gqa=G != H,
-            return_aux=AuxRequest(lse=True),
-        )
-    out = _gated(out.transpose(1, 2).reshape(q.shape), gate)
-    assert aux.lse is not None  # it was asked for
-    return (out, aux.lse.reshape(B, S, H, Q)) if return_lse else out
+    return score
 
 
-FLEX = Implementation("torch-flex", "torch", FLEX_CAPABILITIES, flex, others=(FLEX_ATTENTION,))
-
-
-def _require(
-    capabilities: Capabilities,
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    return_lse: bool,
-    operands: dict[str, Tensor | None],
-) -> None:
-    """Check the call, and decline what is not supported."""
-    named: dict[str, Any] = {"q": q, "k": k, "v": v, **operands}
-    call = evoformer_call(
-        **named,
-        scale=scale,
-        lse=return_lse,
-        device=getattr(q, "device", torch.device("cpu")).type,
-        gradients=[key for key, x in named.items() if isinstance(x, Tensor) and x.requires_grad],
-    )
-    capabilities.require(call, name)
-
-
-def _gated(out: Tensor, gate: Tensor | None) -> Tensor:
+def gated(out: Tensor, gate: Tensor | None) -> Tensor:
+    """The output times the gate's sigmoid, computed in float32 at least."""
     if gate is None:
         return out
     wide = torch.promote_types(out.dtype, torch.float32)

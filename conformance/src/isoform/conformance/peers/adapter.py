@@ -8,13 +8,13 @@ float32. All else, rows without a key included, is the peer's own doing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from isoform.conformance.implementation import Implementation
-from isoform.reference.contract import Capabilities, evoformer_call
+from isoform.conformance.implementations.torch import gated, require
+from isoform.reference.contract import Capabilities
 from isoform.reference.torch.evoformer import attended
 
 Attend = Callable[..., Tensor]
@@ -37,16 +37,8 @@ def evoformer_peer(name: str, capabilities: Capabilities, attend: Attend) -> Imp
         scale: float | None = None,
         return_lse: bool = False,
     ) -> Tensor:
-        operands: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "mask_bias": mask_bias}
-        operands |= {"pair_bias": pair_bias, "gate": gate}
-        call = evoformer_call(
-            **operands,
-            scale=scale,
-            lse=return_lse,
-            device=getattr(q, "device", torch.device("cpu")).type,
-            gradients=wanted(operands),
-        )
-        capabilities.require(call, name)
+        operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
+        require(capabilities, name, q, k, v, scale, return_lse, operands)
         factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
         out = attend(
             q,
@@ -60,19 +52,6 @@ def evoformer_peer(name: str, capabilities: Capabilities, attend: Attend) -> Imp
         return gated(out, gate)
 
     return Implementation(name, "torch", capabilities, forward)
-
-
-def wanted(operands: dict[str, Any]) -> list[str]:
-    """The operands that a gradient is wanted for."""
-    return [name for name, x in operands.items() if isinstance(x, Tensor) and x.requires_grad]
-
-
-def gated(out: Tensor, gate: Tensor | None) -> Tensor:
-    """The output times the gate's sigmoid, computed in float32 at least."""
-    if gate is None:
-        return out
-    wide = torch.promote_types(out.dtype, torch.float32)
-    return (out.to(wide) * torch.sigmoid(gate.to(wide))).to(out.dtype)
 
 
 def merged(

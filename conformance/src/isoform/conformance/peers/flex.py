@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isoform.conformance.implementations.torch import score_of
 from isoform.conformance.peers.adapter import evoformer_peer
 from isoform.reference.contract import Arithmetic, Capabilities
 
@@ -32,15 +33,6 @@ def _attend(
     B, S, Q, H, D = q.shape
     K, G = k.shape[2:4]
 
-    def score(s: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        if mask_bias is not None:
-            s = s + mask_bias.reshape(B * S, K)[row, key]
-        if pair_bias is not None:
-            s = s + pair_bias[row // S, 0, head, query, key]
-        if mask is not None:
-            s = torch.where(mask.reshape(B * S, K)[row, key], s, -torch.inf)
-        return s
-
     import torch._dynamo.config as compiler
 
     # every call is of other sizes: past the limit PyTorch would run it uncompiled, and not say so
@@ -52,7 +44,7 @@ def _attend(
             q.reshape(B * S, Q, H, D).transpose(1, 2),
             k.reshape(B * S, K, G, D).transpose(1, 2),
             v.reshape(B * S, K, G, D).transpose(1, 2),
-            score_mod=score,
+            score_mod=score_of(k, mask, mask_bias, pair_bias),
             scale=scale,
             enable_gqa=G != H,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.peers.adapter import wanted
+from isoform.conformance.implementations.torch import wanted
 from isoform.reference.contract import Arithmetic, Capabilities
 from isoform.reference.rotary_contract import BASIC, PARTIAL, rotary_call
 
