@@ -137,8 +137,7 @@ def attention_vjp(
 
     def take_back(dout: Any) -> AttentionGradients:
         _check_like("dout", dout, dtype_name(q), q.shape, q)
-        arrays = {**asked.operands, "dout": _detached(dout), "out": out, "lse": lse}
-        return AttentionGradients(*_door(q).backward(chosen, arrays, asked.options, asked.scale))
+        return _gradients(asked, chosen, dout=_detached(dout), out=out, lse=lse)
 
     return out, take_back
 
@@ -179,8 +178,7 @@ def attention_backward(
     _check_like("dout", dout, dtype_name(q), q.shape, q)
     chosen = select(asked.call, asked.wish(deterministic=deterministic), kernel)
     out, lse = _explicit(asked, chosen)
-    arrays = {**asked.operands, "dout": _detached(dout), "out": out, "lse": lse}
-    return AttentionGradients(*_door(q).backward(chosen, arrays, asked.options, asked.scale))
+    return _gradients(asked, chosen, dout=_detached(dout), out=out, lse=lse)
 
 
 def attention_block(
@@ -391,6 +389,14 @@ def _explicit(asked: _Asked, kernel: Kernel) -> tuple[Any, Any]:
     door = _door(asked.operands["q"])
     out, lse = door.forward(kernel, operands, asked.options, asked.scale, return_lse=True)
     return out, lse
+
+
+def _gradients(asked: _Asked, kernel: Kernel, **more: Any) -> AttentionGradients:
+    """The gradients, by ``dout``, ``lse`` and either ``out`` or ``delta``."""
+    door = _door(asked.operands["q"])
+    return AttentionGradients(
+        *door.backward(kernel, {**asked.operands, **more}, asked.options, asked.scale)
+    )
 
 
 def _detached(x: Any) -> Any:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from isoform.kernels import attention_plain, attention_tensor
 from isoform.kernels.arguments import View
 from isoform.kernels.attention_arguments import Options
-from isoform.kernels.choice import declined
+from isoform.kernels.choice import declined, first_to_accept, named
 from isoform.kernels.launch import Pass, Work
 from isoform.kernels.tensor import ARCHITECTURES
 from isoform.reference.attention_contract import DIFFERENTIABLE, SequenceShape
-from isoform.reference.contract import Call, Capabilities, Unsupported
+from isoform.reference.contract import Call, Capabilities
 
 LIBRARY_CAPABILITIES = Capabilities(
     "attention",
@@ -159,15 +159,8 @@ def select(call: Call, wish: Wish, only: str | None = None) -> Kernel:
         ValueError: None is called so.
         Unsupported: None does this call.
     """
-    if only is not None and only not in BY_NAME:
-        raise ValueError(f"kernel must be one of {', '.join(BY_NAME)}, got {only!r}")
-    why_not: list[str] = []
-    for kernel in order_of(call) if only is None else (BY_NAME[only],):
-        why = reasons(kernel, call, wish)
-        if not why:
-            return kernel
-        why_not += [f"{kernel.name}: {reason}" for reason in why]
-    raise Unsupported(why_not, "isoform.kernels")
+    order = order_of(call) if only is None else (named(only, BY_NAME),)
+    return first_to_accept(order, lambda one: reasons(one, call, wish))
 
 
 def reasons(kernel: Kernel, call: Call, wish: Wish) -> tuple[str, ...]:

@@ -7,12 +7,11 @@ from typing import Any
 
 import cupy
 
-from isoform.kernels.arguments import View
 from isoform.kernels.attention_arguments import ATTENTION, Options
 from isoform.kernels.attention_choice import Kernel
-from isoform.kernels.launch import Description, Pass, prepared
+from isoform.kernels.cupy_arrays import run
+from isoform.kernels.launch import Pass
 from isoform.reference.attention_contract import DIFFERENTIABLE, PLACES, SequenceShape
-from isoform.reference.contract import dtype_name
 
 
 def forward(
@@ -66,22 +65,10 @@ def _with_wide_places(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(one: Pass, which: Hashable, arrays: Mapping[str, Any], scale: float) -> None:
     """Launch the pass ``one``, known by ``which``, on CuPy's current stream."""
-    q = arrays["q"]
-    key = (
-        *("attention", which, cupy.cuda.runtime.getDevice(), dtype_name(q), scale),
-        *((name, x.shape, x.strides, x.data.ptr % 16) for name, x in arrays.items()),
-    )
 
-    def described() -> Description:
-        B, Q, H, D = q.shape
+    def shape() -> SequenceShape:
+        B, Q, H, D = arrays["q"].shape
         K, G = arrays["k"].shape[1:3]
-        views = {
-            name: View.of(x.data.ptr, x.shape, tuple(step // x.itemsize for step in x.strides))
-            for name, x in arrays.items()
-        }
-        return SequenceShape(B, Q, K, H, G, D), dtype_name(q), views
+        return SequenceShape(B, Q, K, H, G, D)
 
-    found = prepared(key, one, described, scale, ATTENTION)
-    scratch = [cupy.empty(shape, cupy.float32) for shape in found.scratch.values()]
-    pointers = [x.data.ptr for x in (*arrays.values(), *scratch)]
-    found.launch(pointers, cupy.cuda.get_current_stream().ptr)
+    run(one, ("attention", which), shape, arrays, scale, ATTENTION)

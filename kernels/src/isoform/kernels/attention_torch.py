@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from isoform.kernels import attention_library
-from isoform.kernels.arguments import View
 from isoform.kernels.attention_arguments import ATTENTION, Options
 from isoform.kernels.attention_choice import BY_NAME, Kernel
-from isoform.kernels.launch import Description, Pass, prepared
-from isoform.kernels.torch_library import LIBRARY, operation
+from isoform.kernels.launch import Pass
+from isoform.kernels.torch_library import LIBRARY, operation, run
 from isoform.reference.attention_contract import DIFFERENTIABLE, PLACES, SequenceShape
-from isoform.reference.contract import dtype_name
 
 Places = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -226,21 +224,10 @@ def _empty_gradients(
 
 def _run(one: Pass, which: Hashable, tensors: Mapping[str, Tensor], scale: float) -> None:
     """Launch the pass ``one``, known by ``which``, on PyTorch's stream of the tensors' device."""
-    q = tensors["q"]
-    device = q.device.index
-    key = (
-        *("attention", which, device, q.dtype, scale),
-        *((name, x.shape, x.stride(), x.data_ptr() % 16) for name, x in tensors.items()),
-    )
 
-    def described() -> Description:
-        B, Q, H, D = q.shape
+    def shape() -> SequenceShape:
+        B, Q, H, D = tensors["q"].shape
         K, G = tensors["k"].shape[1:3]
-        views = {name: View.of(x.data_ptr(), x.shape, x.stride()) for name, x in tensors.items()}
-        return SequenceShape(B, Q, K, H, G, D), dtype_name(q), views
+        return SequenceShape(B, Q, K, H, G, D)
 
-    with torch.cuda.device(device):
-        found = prepared(key, one, described, scale, ATTENTION)
-        scratch = [q.new_empty(size, dtype=torch.float32) for size in found.scratch.values()]
-        pointers = [x.data_ptr() for x in (*tensors.values(), *scratch)]
-        found.launch(pointers, torch.cuda.current_stream(device).cuda_stream)
+    run(one, ("attention", which), shape, tensors, scale, ATTENTION)

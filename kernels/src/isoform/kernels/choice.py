@@ -6,8 +6,9 @@ decline, each for reasons that :func:`reasons` lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from isoform.kernels import plain, tensor
 from isoform.kernels.arguments import View
@@ -67,14 +68,46 @@ def select(call: Call, *, deterministic: bool = False, only: str | None = None) 
         ValueError: None is called so.
         Unsupported: None does this call.
     """
-    if only is not None and only not in BY_NAME:
-        raise ValueError(f"kernel must be one of {', '.join(BY_NAME)}, got {only!r}")
+    order = KERNELS if only is None else (named(only, BY_NAME),)
+    return first_to_accept(order, lambda one: reasons(one, call, deterministic=deterministic))
+
+
+class Named(Protocol):
+    """A kernel of any operation."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+
+AnyKernel = TypeVar("AnyKernel", bound=Named)
+
+
+def named(name: str, kernels: Mapping[str, AnyKernel]) -> AnyKernel:
+    """The kernel, of any operation, that is called so.
+
+    Raises:
+        ValueError: None is.
+    """
+    if name not in kernels:
+        raise ValueError(f"kernel must be one of {', '.join(kernels)}, got {name!r}")
+    return kernels[name]
+
+
+def first_to_accept(
+    order: Iterable[AnyKernel], why: Callable[[AnyKernel], tuple[str, ...]]
+) -> AnyKernel:
+    """The first kernel, of any operation, that has no reason to decline.
+
+    Raises:
+        Unsupported: All have; the reasons are those of all.
+    """
     why_not: list[str] = []
-    for kernel in KERNELS if only is None else (BY_NAME[only],):
-        why = reasons(kernel, call, deterministic=deterministic)
-        if not why:
+    for kernel in order:
+        found = why(kernel)
+        if not found:
             return kernel
-        why_not += [f"{kernel.name}: {reason}" for reason in why]
+        why_not += [f"{kernel.name}: {reason}" for reason in found]
     raise Unsupported(why_not, "isoform.kernels")
 
 

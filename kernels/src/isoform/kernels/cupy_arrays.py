@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import cupy
 
-from isoform.kernels.arguments import View
+from isoform.kernels.arguments import EVOFORMER, Struct, View
 from isoform.kernels.choice import Kernel
 from isoform.kernels.launch import Description, Pass, prepared
-from isoform.reference.contract import DIFFERENTIABLE, Call
+from isoform.reference.contract import DIFFERENTIABLE, Call, dtype_name
 
 
 def forward(
@@ -48,23 +48,39 @@ def backward(
 
 
 def _run(one: Pass, which: Hashable, call: Call, arrays: Mapping[str, Any], scale: float) -> None:
-    """Launch the pass ``one``, known by ``which``, on CuPy's current stream."""
+    run(one, which, lambda: call.shape, arrays, scale, EVOFORMER)
+
+
+def run(
+    one: Pass,
+    which: Hashable,
+    shape: Callable[[], Any],
+    arrays: Mapping[str, Any],
+    scale: float,
+    struct: Struct,
+) -> None:
+    """Launch a pass of any operation on CuPy's current device and stream: as
+    :func:`isoform.kernels.torch_library.run`.
+    """
+    dtype = dtype_name(arrays["q"])
     key = (
-        *(which, cupy.cuda.runtime.getDevice(), call.dtype, scale),
+        *(which, cupy.cuda.runtime.getDevice(), dtype, scale),
         *((name, x.shape, x.strides, x.data.ptr % 16) for name, x in arrays.items()),
     )
 
     def described() -> Description:
-        views = {
-            name: View.of(x.data.ptr, x.shape, tuple(step // x.itemsize for step in x.strides))
-            for name, x in arrays.items()
-        }
-        return call.shape, call.dtype, views
+        views = {name: View.of(x.data.ptr, x.shape, strides(x)) for name, x in arrays.items()}
+        return shape(), dtype, views
 
-    found = prepared(key, one, described, scale)
-    scratch = [_empty(shape) for shape in found.scratch.values()]
+    found = prepared(key, one, described, scale, struct)
+    scratch = [_empty(size) for size in found.scratch.values()]
     pointers = [x.data.ptr for x in (*arrays.values(), *scratch)]
     found.launch(pointers, cupy.cuda.get_current_stream().ptr)
+
+
+def strides(x: Any) -> tuple[int, ...]:
+    """From one element to the next along each axis, in elements."""
+    return tuple(step // x.itemsize for step in x.strides)
 
 
 def _empty(shape: tuple[int, ...]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import cupy
 
+from isoform.kernels.cupy_arrays import strides
 from isoform.kernels.rotary_launch import Lying, Turn, launch
 
 
@@ -21,11 +22,6 @@ def turn_in_place(turn: Turn, x: Any, other: Any, positions: Any) -> None:
     """Turn ``x`` and ``other``, if there is one, where they lie."""
     with cupy.cuda.Device(x.device.id):
         _launch(turn, positions, x=x, out=x, other=other, out_other=other)
-
-
-def strides(x: Any) -> tuple[int, ...]:
-    """From one element to the next along each axis, in elements."""
-    return tuple(step // x.itemsize for step in x.strides)
 
 
 def _launch(turn: Turn, positions: Any, **arrays: Any) -> None:

@@ -1,11 +1,16 @@
-"""Operations of PyTorch's: how ours are made known to it."""
+"""Operations of PyTorch's: how ours are made known to it, and launched for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from isoform.kernels.arguments import Struct, View
+from isoform.kernels.launch import Description, Pass, prepared
+from isoform.reference.contract import dtype_name
 
 LIBRARY = torch.library.Library("isoform", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -50,6 +55,42 @@ def _tell_autograd(name: str, made: Any, written: list[int]) -> None:
             return made.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
     LIBRARY.impl(name, run, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def run(
+    one: Pass,
+    which: Hashable,
+    shape: Callable[[], Any],
+    tensors: Mapping[str, Tensor],
+    scale: float,
+    struct: Struct,
+) -> None:
+    """Launch a pass on PyTorch's current stream of the tensors' device.
+
+    Args:
+        one: The pass.
+        which: What it is known by, besides device, dtype, scale and how the tensors lie.
+        shape: Gives the call's shape; asked only if the pass is new.
+        tensors: Operands and results by name, q among them.
+        scale: The factor of the logits.
+        struct: What the operation's kernels are told.
+    """
+    q = tensors["q"]
+    device = q.device.index
+    key = (
+        *(which, device, q.dtype, scale),
+        *((name, x.shape, x.stride(), x.data_ptr() % 16) for name, x in tensors.items()),
+    )
+
+    def described() -> Description:
+        views = {name: View.of(x.data_ptr(), x.shape, x.stride()) for name, x in tensors.items()}
+        return shape(), dtype_name(q), views
+
+    with torch.cuda.device(device):
+        found = prepared(key, one, described, scale, struct)
+        scratch = [q.new_empty(size, dtype=torch.float32) for size in found.scratch.values()]
+        pointers = [x.data_ptr() for x in (*tensors.values(), *scratch)]
+        found.launch(pointers, torch.cuda.current_stream(device).cuda_stream)
 
 
 def architecture(device: int) -> str:

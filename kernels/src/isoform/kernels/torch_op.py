@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoform.kernels.arguments import View
+from isoform.kernels.arguments import EVOFORMER
 from isoform.kernels.choice import BY_NAME, Kernel
-from isoform.kernels.launch import Description, Pass, prepared
-from isoform.kernels.torch_library import LIBRARY, operation
-from isoform.reference.contract import DIFFERENTIABLE, Shape, dtype_name
+from isoform.kernels.launch import Pass
+from isoform.kernels.torch_library import LIBRARY, operation, run
+from isoform.reference.contract import DIFFERENTIABLE, Shape
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """q, k, v, mask, mask_bias, pair_bias, gate."""
@@ -181,21 +181,10 @@ def _empty_gradients(operands: Mapping[str, Tensor], wanted: list[bool]) -> list
 
 def _run(one: Pass, which: Hashable, tensors: Mapping[str, Tensor], scale: float) -> None:
     """Launch the pass ``one``, known by ``which``, on PyTorch's stream of the tensors' device."""
-    q = tensors["q"]
-    device = q.device.index
-    key = (
-        *(which, device, q.dtype, scale),
-        *((name, x.shape, x.stride(), x.data_ptr() % 16) for name, x in tensors.items()),
-    )
 
-    def described() -> Description:
-        B, S, Q, H, D = q.shape
+    def shape() -> Shape:
+        B, S, Q, H, D = tensors["q"].shape
         K, G = tensors["k"].shape[2:4]
-        views = {name: View.of(x.data_ptr(), x.shape, x.stride()) for name, x in tensors.items()}
-        return Shape(B, S, Q, K, H, G, D), dtype_name(q), views
+        return Shape(B, S, Q, K, H, G, D)
 
-    with torch.cuda.device(device):
-        found = prepared(key, one, described, scale)
-        scratch = [q.new_empty(size, dtype=torch.float32) for size in found.scratch.values()]
-        pointers = [x.data_ptr() for x in (*tensors.values(), *scratch)]
-        found.launch(pointers, torch.cuda.current_stream(device).cuda_stream)
+    run(one, which, shape, tensors, scale, EVOFORMER)
