@@ -7,9 +7,7 @@
 
 #pragma once
 
-#include <cuda/std/cstdint>
-
-using int64 = cuda::std::int64_t;
+#include "blocks.cuh"
 
 // An array of the caller's, as it lies: no layout is demanded of it.
 struct Operand {

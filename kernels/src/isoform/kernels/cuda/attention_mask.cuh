@@ -15,7 +15,6 @@
 
 constexpr int SPAN = 64;   // tokens of a span
 constexpr int GROUP = 32;  // spans of a group
-constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // --- Finding one's place -------------------------------------------------------------------------
 
@@ -23,22 +22,6 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 struct Head {
     int64 b, h;
 };
-
-// Blocks are numbered along one axis, the only one that may have more than 65535 of them.
-struct Tiles {
-    int64 rest;
-
-    // The next coordinate of this block, of those there are `size` of.
-    __device__ int64 next(int64 size) {
-        const int64 coordinate = rest % size;
-        rest /= size;
-        return coordinate;
-    }
-};
-
-__device__ inline int tiles_of(int64 length, int size) {
-    return static_cast<int>((length + size - 1) / size);
-}
 
 // The key/value head that serves query head h.
 __device__ inline Head group_of(const AttentionArguments &a, const Head &at) {

@@ -1,20 +1,8 @@
 // What the tensor-core kernels have in common: tiles in shared memory, products, masks, which tiles to
 // visit.
 //
-// A warp multiplies tiles of 16-bit elements with `mma_m16n8k16`, which sums in float. It owns
-// 16 · M_TILES rows of each product: queries, or keys in backward_key. Of an accumulator x[m][n][4] a
-// lane holds
-//
-//     x[m][n][0], x[m][n][1]   row 16 m + lane / 4,       columns 8 n + 2 (lane % 4) and the next
-//     x[m][n][2], x[m][n][3]   row 16 m + lane / 4 + 8,   the same columns
-//
-// which is at the same time, rounded and packed in pairs, the left operand of the next product: the
-// weights never leave the registers.
-//
-// Shared memory holds a tile as rows of HEAD_DIM elements, zeros beyond D, and eight elements more:
-// an odd number of 16-byte pieces, so that the eight rows that `ldmatrix` reads at once lie in
-// different banks. Tiles are copied asynchronously, one ahead of the one that is computed with; what
-// the mask and the softmax need of their tokens is read two ahead, since padding must not be copied.
+// Tiles are copied asynchronously, one ahead of the one that is computed with; what the mask and the
+// softmax need of their tokens is read two ahead, since padding must not be copied.
 //
 // Defines: ELEMENT (1 or 2, see primitives.cuh); HEAD_DIM, a multiple of 16 and ≥ D; M_TILES; WARPS of
 // a block; BLOCK, the rows of a tile that streams by, and CHUNK, those of them whose logits are in
@@ -25,29 +13,18 @@
 #pragma once
 
 #include "attention_mask.cuh"
+#include "tensor_tiles.cuh"
 
-constexpr int STEPS = HEAD_DIM / 16;  // k-steps of a product over channels
-constexpr int PITCH = HEAD_DIM + 8;   // elements from row to row in shared memory
-constexpr int OWN = 16 * M_TILES;     // rows of a warp
-constexpr int OWNED = WARPS * OWN;    // rows of a block
+constexpr int OWNED = WARPS * OWN;  // rows of a block
 constexpr int THREADS = 32 * WARPS;
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+constexpr float LN_2 = 0.69314718f;
 
 static_assert(OWNED % SPAN == 0 && SPAN % BLOCK == 0, "a tile is of one span, a block of whole ones");
 
-using Row = Element[PITCH];
-using Fragments = unsigned[M_TILES][STEPS][4];  // the left operand of a product over channels
-using Result = float[M_TILES][2 * STEPS][4];    // a row of channels for each row of the warp
 using Logits = float[M_TILES][CHUNK / 8][4];
 using PerRow = float[M_TILES][2];  // of rows lane / 4 and lane / 4 + 8 of each sixteen
 
-__device__ inline int lane() { return static_cast<int>(threadIdx.x) % 32; }
-
 // --- From the operands to shared memory, and back ------------------------------------------------
-
-__device__ inline int clamp(int64 x, int low, int high) {
-    return x < low ? low : x > high ? high : static_cast<int>(x);
-}
 
 // Starts to copy SIZE positions of x[b, :, h, :] from `first` on, by COPIERS threads of which this is
 // one: those rows that are wanted, and zeros elsewhere. What is not wanted is not even read.
@@ -162,24 +139,6 @@ __device__ inline void apply_sign(Fragments &x, float sign) {
 
 // --- Products ------------------------------------------------------------------------------------
 
-// The sum over the four lanes that share a row of an accumulator.
-__device__ inline float over_row(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-
-// Sixteen of the warp's rows and sixteen channels, as the left operand of a product over channels.
-__device__ inline void load_fragment(unsigned (&x)[4], const Row *rows, int m, int step) {
-    ldmatrix_x4(x, rows[16 * m + lane() % 16] + 16 * step + 8 * (lane() / 16));
-}
-
-__device__ inline void load_fragments(Fragments &x, const Row *rows) {
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) load_fragment(x[m][step], rows, m, step);
-}
-
 // acc[i, j] = Σ_d x[i, d] rows[j, d], where left(m, step) gives fragments of x.
 template <class Left>
 __device__ inline void multiply_over_channels(Logits &acc, const Row *rows, Left left) {
@@ -223,32 +182,6 @@ __device__ inline void multiply_over_channels(Logits &acc, const Row *x, const R
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) load_fragment(found[m], x, m, step);
     });
-}
-
-// acc[i, d] += Σ_j x[i, j] rows[j, d], with x rounded.
-__device__ inline void multiply_over_rows(Result &acc, const Logits &x, const Row *rows) {
-#pragma unroll
-    for (int n = 0; n < CHUNK / 8; n += 2) {
-        unsigned left[M_TILES][4];
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m) {
-            left[m][0] = pack(x[m][n][0], x[m][n][1]);
-            left[m][1] = pack(x[m][n][2], x[m][n][3]);
-            left[m][2] = pack(x[m][n + 1][0], x[m][n + 1][1]);
-            left[m][3] = pack(x[m][n + 1][2], x[m][n + 1][3]);
-        }
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            unsigned words[4];
-            ldmatrix_x4_trans(words, rows[8 * n + lane() % 16] + 16 * step + 8 * (lane() / 16));
-            const unsigned first[2] = {words[0], words[1]}, second[2] = {words[2], words[3]};
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) {
-                mma_m16n8k16<Element>(acc[m][2 * step], left[m], first);
-                mma_m16n8k16<Element>(acc[m][2 * step + 1], left[m], second);
-            }
-        }
-    }
 }
 
 // --- The mask ------------------------------------------------------------------------------------
@@ -419,8 +352,6 @@ __device__ inline float shift_of(float lse) {
 // The gradients of logits are rounded to be multiplied again. bfloat16 has the range of float; for
 // float16 (rule SEQ-7) they are kept in units of a power of two, `unit`, which starts tiny and grows
 // when one of them does not fit, with what was summed in it.
-constexpr float FIRST_UNIT = 5.9604645e-8f;  // 2^−24
-
 // The largest magnitude of the warp's numbers, those aside that are infinite by right.
 __device__ inline float largest_magnitude(const Logits &x) {
     float most = 0.0f;

@@ -8,9 +8,8 @@
 
 #pragma once
 
-#include <cuda/std/cstdint>
+#include "blocks.cuh"
 
-using int64 = cuda::std::int64_t;
 using uint8 = cuda::std::uint8_t;
 using uint16 = cuda::std::uint16_t;
 

@@ -10,18 +10,6 @@ struct Head {
     int64 b, s, h;
 };
 
-// Blocks are numbered along one axis, the only one that may have more than 65535 of them.
-struct Tiles {
-    int64 rest;
-
-    // The next coordinate of this block, of those there are `size` of.
-    __device__ int64 next(int64 size) {
-        const int64 coordinate = rest % size;
-        rest /= size;
-        return coordinate;
-    }
-};
-
 // The key/value head that serves query head h.
 __device__ inline Head group_of(const EvoformerArguments &a, const Head &at) {
     return {at.b, at.s, at.h / (a.H / a.G)};

@@ -1,18 +1,6 @@
 // What the tensor-core kernels have in common: tiles in shared memory, products, logits.
 //
-// A warp multiplies tiles of 16-bit elements with `mma_m16n8k16`, which sums in float. It owns
-// 16 · M_TILES rows of each product: queries in most kernels, keys in backward_key. Of an accumulator
-// x[m][n][4] a lane holds
-//
-//     x[m][n][0], x[m][n][1]   row 16 m + lane / 4,       columns 8 n + 2 (lane % 4) and the next
-//     x[m][n][2], x[m][n][3]   row 16 m + lane / 4 + 8,   the same columns
-//
-// which is at the same time, rounded and packed in pairs, the left operand of the next product: the
-// weights never leave the registers.
-//
-// Shared memory holds a tile as rows of HEAD_DIM elements, zeros beyond D, and eight elements more:
-// an odd number of 16-byte pieces, so that the eight rows that `ldmatrix` reads at once lie in
-// different banks. Tiles are copied asynchronously, one ahead of the one that is computed with.
+// Tiles are copied asynchronously, one ahead of the one that is computed with.
 //
 // Defines: ELEMENT (1 or 2, see primitives.cuh); HEAD_DIM, a multiple of 16 and ≥ D; M_TILES; WARPS,
 // how many share a head; BLOCK, the rows of a tile that streams by, and CHUNK, those of them whose
@@ -24,28 +12,15 @@
 #pragma once
 
 #include "evoformer_heads.cuh"
+#include "tensor_tiles.cuh"
 
-constexpr int STEPS = HEAD_DIM / 16;   // k-steps of a product over channels
-constexpr int PITCH = HEAD_DIM + 8;    // elements from row to row in shared memory
-constexpr int OWN = 16 * M_TILES;      // rows of a warp
 #ifndef BIAS_COLUMNS
 #define BIAS_COLUMNS BLOCK
 #endif
-constexpr int BIAS_PITCH = BIAS_COLUMNS + 8;  // likewise, of a tile of the pair bias
-constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr float LOG2_E = 1.44269504f;
+constexpr int BIAS_PITCH = BIAS_COLUMNS + 8;  // from row to row of a tile of the pair bias
 constexpr float HUGE_LOGIT = 65536.0f;  // beyond it, its product with log₂ e has too few digits
 
-using Row = Element[PITCH];
 using BiasRow = Element[BIAS_PITCH];
-using Fragments = unsigned[M_TILES][STEPS][4];  // the left operand of a product over channels
-using Result = float[M_TILES][2 * STEPS][4];    // a row of channels for each row of the warp
-
-__device__ inline int lane() { return static_cast<int>(threadIdx.x) % 32; }
-
-__device__ inline int tiles_of(int64 length, int size) {
-    return static_cast<int>((length + size - 1) / size);
-}
 
 // --- From the operands to shared memory, and back ------------------------------------------------
 
@@ -70,10 +45,6 @@ __device__ inline void copy_piece(Element *target, const Element *source, int64 
             else
                 round_to(0.0f, target + e);
     }
-}
-
-__device__ inline int clamp(int64 x, int low, int high) {
-    return x < low ? low : x > high ? high : static_cast<int>(x);
 }
 
 // A thread's part in copying one tile after the other: of each, pieces of eight elements at the same
@@ -253,21 +224,6 @@ __device__ inline void write_key(Keys &keys, int j, const KeyStream::Raw &raw) {
 
 // --- Products ------------------------------------------------------------------------------------
 
-// The sum over the four lanes that share a row of an accumulator.
-__device__ inline float over_row(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-
-// The warp's rows as the left operand of products over channels.
-__device__ inline void load_fragments(Fragments &x, const Row *rows) {
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-            ldmatrix_x4(x[m][step], rows[16 * m + lane() % 16] + 16 * step + 8 * (lane() / 16));
-}
-
 // acc[i, j] += Σ_d x[i, d] rows[j, d].
 template <int N>
 __device__ inline void multiply_over_channels(float (&acc)[M_TILES][N][4], const Fragments &x,
@@ -308,34 +264,6 @@ __device__ inline void multiply_over_channels(float (&acc)[M_TILES][N][4], const
             for (int m = 0; m < M_TILES; ++m) {
                 mma_m16n8k16<Element>(acc[m][n], left[m], first);
                 mma_m16n8k16<Element>(acc[m][n + 1], left[m], second);
-            }
-        }
-    }
-}
-
-// acc[i, d] += Σ_j x[i, j] rows[j, d], with x rounded.
-template <int N>
-__device__ inline void multiply_over_rows(Result &acc, const float (&x)[M_TILES][N][4],
-                                          const Row *rows) {
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-        unsigned left[M_TILES][4];
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m) {
-            left[m][0] = pack(x[m][n][0], x[m][n][1]);
-            left[m][1] = pack(x[m][n][2], x[m][n][3]);
-            left[m][2] = pack(x[m][n + 1][0], x[m][n + 1][1]);
-            left[m][3] = pack(x[m][n + 1][2], x[m][n + 1][3]);
-        }
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            unsigned words[4];
-            ldmatrix_x4_trans(words, rows[8 * n + lane() % 16] + 16 * step + 8 * (lane() / 16));
-            const unsigned first[2] = {words[0], words[1]}, second[2] = {words[2], words[3]};
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) {
-                mma_m16n8k16<Element>(acc[m][2 * step], left[m], first);
-                mma_m16n8k16<Element>(acc[m][2 * step + 1], left[m], second);
             }
         }
     }
@@ -450,8 +378,6 @@ __device__ inline float exponential(float s, float top, float shift) {
 // The gradients of logits are rounded to be multiplied again. bfloat16 has the range of float; for
 // float16 (rule EVO-7) they are kept in units of a power of two, `unit`, which starts tiny and grows
 // when one of them does not fit, with what was summed in it.
-constexpr float FIRST_UNIT = 5.9604645e-8f;  // 2^−24
-
 template <int N>
 __device__ inline void keep_in_range(float (&ds)[M_TILES][N][4], float &unit, Result &sum) {
 #if ELEMENT == 1
