@@ -1,7 +1,8 @@
 """The tensor-core kernels' host side: what they declare, their tiles, and what a call launches.
 
-The device side is ``cuda/evoformer_tensor*.cu``, a file for each pass; what they share, and how a
-warp's numbers lie, is in ``cuda/evoformer_tensor.cuh``. Sizes of tiles are data,
+The device side is ``cuda/evoformer_tensor*.cu``, a file for each pass; what they share is in
+``cuda/evoformer_tensor.cuh``, and how a warp's numbers lie, in ``cuda/tensor_tiles.cuh``. Sizes of
+tiles are data,
 :data:`GEOMETRIES`. What is decided here needs no GPU.
 """
 

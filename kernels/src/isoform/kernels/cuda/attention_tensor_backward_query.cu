@@ -3,17 +3,7 @@
 // Organised like the forward: a block does a tile of queries of one head, and those tiles of keys
 // stream by in which any pair attends. The softmax is not computed again but read, as lse.
 
-#include "attention_tensor.cuh"
-
-struct Shared {
-    struct {
-        Row k[BLOCK], v[BLOCK];
-    } stage[2];  // before and after, the second one holds q, dout and dq, one after the other
-    Places places;
-};
-
-static_assert(OWNED <= 2 * BLOCK, "what a block owns fits into one stage");
-static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
+#include "attention_tensor_queries.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_tensor_backward_query(const AttentionArguments a) {
@@ -31,28 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const Sides<false> sides = {a, at.b, first_query};
     Row *own = reinterpret_cast<Row *>(&shared.stage[1]) + row;
 
-    const auto load_tile = [&](int n, int t) {
-        const int64 first = static_cast<int64>(t) * BLOCK;
-        const auto wanted = [&](int j) {
-#if PLACES
-            return shared.places.streamed[n % 4][j].segment >= 0;
-#else
-            return first + j < a.K;
-#endif
-        };
-        load_rows<BLOCK, THREADS>(shared.stage[n % 2].k, a, a.k, group, first, thread, wanted);
-        load_rows<BLOCK, THREADS>(shared.stage[n % 2].v, a, a.v, group, first, thread, wanted);
-    };
-#if PLACES
-    const auto read_token = [&](int t) {
-        return sides.streamed().token(t < 0 || thread >= BLOCK
-                                          ? -1
-                                          : static_cast<int64>(t) * BLOCK + thread);
-    };
-    const auto write_token = [&](int n, const Token &token) {
-        if (thread < BLOCK) shared.places.streamed[n % 4][thread] = token;
-    };
-#endif
+    const auto load_tile = [&](int n, int t) { load_keys(shared, a, group, thread, n, t); };
     const auto load_own = [&](Fragments &x, const Operand &operand) {
         __syncwarp();
         load_rows<OWN, 32>(own, a, operand, at, own_query, lane(),
@@ -83,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     visits.start();
     int now = visits.next(sides, shared.places), next = visits.next(sides, shared.places);
 #if PLACES
-    write_token(0, read_token(now)), write_token(1, read_token(next));
+    write_token(shared, thread, 0, read_token(sides, thread, now));
+    write_token(shared, thread, 1, read_token(sides, thread, next));
     __syncthreads();
 #endif
     if (now >= 0) load_tile(0, now);
@@ -98,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         cp_async_commit();
         const int after = visits.next(sides, shared.places);
 #if PLACES
-        const Token ahead = read_token(after);
+        const Token ahead = read_token(sides, thread, after);
 #endif
         const bool whole = sides.whole(shared.places, now);
         const auto &stage = shared.stage[n % 2];
@@ -124,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             multiply_over_rows(dq, dp, stage.k + first);
         }
 #if PLACES
-        write_token(n + 2, ahead);
+        write_token(shared, thread, n + 2, ahead);
 #endif
         now = next, next = after;
     }

@@ -5,7 +5,7 @@
 // `attention_tiled` of the NumPy reference. Everything is rescaled whenever the largest logit grows,
 // however little: then the largest weight is exactly 1, and weights are rounded to 16 bits.
 
-#include "attention_tensor.cuh"
+#include "attention_tensor_queries.cuh"
 
 // A shift beyond this has so few digits that the largest weight would not be 1 when rounded to 16 bits,
 // and a value that takes all the weight not itself. There the difference of logits is taken first,
@@ -13,16 +13,6 @@
 constexpr float LARGE_SHIFT = 1024.0f;
 
 __device__ bool is_large(float shift) { return fabsf(shift) > LARGE_SHIFT; }
-
-struct Shared {
-    struct {
-        Row k[BLOCK], v[BLOCK];
-    } stage[2];  // before and after, the second one holds q, and out
-    Places places;
-};
-
-static_assert(OWNED <= 2 * BLOCK, "what a block owns fits into one stage");
-static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
 
 // The softmax so far, of each query: Σ 2^(c s − shift) v, the same without v of the lane's keys alone,
 // the largest s, and shift = c top.
@@ -114,28 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const Sides<false> sides = {a, at.b, first_query};
     Row *own = reinterpret_cast<Row *>(&shared.stage[1]) + row;
 
-    const auto load_tile = [&](int n, int t) {
-        const int64 first = static_cast<int64>(t) * BLOCK;
-        const auto wanted = [&](int j) {
-#if PLACES
-            return shared.places.streamed[n % 4][j].segment >= 0;
-#else
-            return first + j < a.K;
-#endif
-        };
-        load_rows<BLOCK, THREADS>(shared.stage[n % 2].k, a, a.k, group, first, thread, wanted);
-        load_rows<BLOCK, THREADS>(shared.stage[n % 2].v, a, a.v, group, first, thread, wanted);
-    };
-#if PLACES
-    const auto read_token = [&](int t) {
-        return sides.streamed().token(t < 0 || thread >= BLOCK
-                                          ? -1
-                                          : static_cast<int64>(t) * BLOCK + thread);
-    };
-    const auto write_token = [&](int n, const Token &token) {
-        if (thread < BLOCK) shared.places.streamed[n % 4][thread] = token;
-    };
-#endif
+    const auto load_tile = [&](int n, int t) { load_keys(shared, a, group, thread, n, t); };
 
     sides.begin_with(shared.places);
     load_rows<OWN, 32>(own, a, a.q, at, own_query, lane(),
@@ -146,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     visits.start();
     int now = visits.next(sides, shared.places), next = visits.next(sides, shared.places);
 #if PLACES
-    write_token(0, read_token(now)), write_token(1, read_token(next));
+    write_token(shared, thread, 0, read_token(sides, thread, now));
+    write_token(shared, thread, 1, read_token(sides, thread, next));
     __syncthreads();
 #endif
     cp_async_wait<0>();
@@ -167,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         cp_async_commit();
         const int after = visits.next(sides, shared.places);
 #if PLACES
-        const Token ahead = read_token(after);
+        const Token ahead = read_token(sides, thread, after);
 #endif
         const bool whole = sides.whole(shared.places, now);
         const auto &stage = shared.stage[n % 2];
@@ -184,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             multiply_over_rows(running.o, s, stage.v + first);
         }
 #if PLACES
-        write_token(n + 2, ahead);
+        write_token(shared, thread, n + 2, ahead);
 #endif
         now = next, next = after;
     }

@@ -26,7 +26,8 @@ constexpr int PITCH = HEAD_DIM + 8;   // elements from row to row in shared memo
 constexpr int OWN = 16 * M_TILES;     // rows of a warp
 constexpr float LOG2_E = 1.44269504f;
 
-constexpr float FIRST_UNIT = 5.9604645e-8f;  // 2^−24: what float16 gradients of logits are first kept in
+// What gradients of logits are kept in units of at first, where they are float16 (rules EVO-7, SEQ-7).
+constexpr float FIRST_UNIT = 5.9604645e-8f;  // 2^−24
 
 using Row = Element[PITCH];
 using Fragments = unsigned[M_TILES][STEPS][4];  // the left operand of a product over channels
