@@ -214,8 +214,6 @@ def test_on_another_gpu_than_the_current_one():
 def test_offsets_beyond_32_bits():
     """Bytes, and elements: the last head of an array of 2³² + … of them, 8 GiB of bfloat16."""
     length, heads, channels = 2**16 + 3, 512, 128
-    if torch.cuda.mem_get_info()[0] < 3 * length * heads * channels:
-        pytest.skip("less than 13 GB of the GPU's memory are free")
     x = torch.zeros(1, length, heads, channels, device="cuda", dtype=torch.bfloat16)
     x[0, -1, -1] = torch.arange(channels)
     p = torch.arange(length, device="cuda")
