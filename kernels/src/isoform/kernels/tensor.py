@@ -2,8 +2,7 @@
 
 The device side is ``cuda/evoformer_tensor*.cu``, a file for each pass; what they share is in
 ``cuda/evoformer_tensor.cuh``, and how a warp's numbers lie, in ``cuda/tensor_tiles.cuh``. Sizes of
-tiles are data,
-:data:`GEOMETRIES`. What is decided here needs no GPU.
+tiles are data, :data:`GEOMETRIES`. What is decided here needs no GPU.
 """
 
 from __future__ import annotations
