@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from isoform.kernels.benchmark import __main__ as command
-from isoform.kernels.benchmark import cases, competitors, records, table, timing
+from isoform.kernels.benchmark import calls, cases, competitors, records, table, timing
 from isoform.kernels.benchmark.bars import bars, best_peer
 from isoform.kernels.benchmark.cases import CASES, Case, Times
 from isoform.kernels.benchmark.competitors import COMPETITORS, Competitor, Settings
@@ -354,7 +354,7 @@ def processor(monkeypatch):
         return evoformer_attention(*operands, **named)
 
     peaks = itertools.count(100)
-    monkeypatch.setattr(run, "DEVICE", "cpu")
+    monkeypatch.setattr(calls, "DEVICE", "cpu")
     monkeypatch.setattr(run, "CudaBurst", Burst)
     monkeypatch.setattr(run, "card_of_device", lambda: H100)
     monkeypatch.setattr(competitors, "evoformer_attention", reference)
@@ -432,7 +432,8 @@ def test_a_peer_that_fails_is_a_line_and_ours_an_error(processor):
 # --- The tables in the README ---------------------------------------------------------------------
 
 README = Path(__file__).parents[1] / "README.md"
-RECORD = Path(__file__).parents[2] / "ci" / "results" / "benchmarks.jsonl"
+RESULTS = Path(__file__).parents[2] / "ci" / "results"
+BEGIN, END = table.marks("evoformer")
 
 
 def test_a_table_has_a_row_for_each_case_that_ours_ran():
@@ -441,7 +442,7 @@ def test_a_table_has_a_row_for_each_case_that_ours_ran():
         record("cuDNN, no bias", 0.25, 0.95, biases=False),
         record("eager", case="triangle-256"),
     ]
-    text = table.filled(f"before\n{table.BEGIN}\nold\n{table.END}\nafter", found)
+    text = table.filled(f"before\n{BEGIN}\nold\n{END}\nafter", found, "evoformer")
     assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter")
     (row,) = (line for line in text.splitlines() if line.startswith("| triangle"))
     assert row == (
@@ -454,7 +455,7 @@ def test_a_table_has_a_row_for_each_case_that_ours_ran():
 def test_tables_are_filled_again_and_again(tmp_path):
     path, file = tmp_path / "records.jsonl", tmp_path / "README.md"
     records.append(path, [record()])
-    file.write_text(f"{table.BEGIN}\n{table.END}\n")
+    file.write_text(f"{BEGIN}\n{END}\n")
     assert table.main([str(path), str(file)]) == 0
     once = file.read_text()
     assert table.main([str(path), str(file)]) == 0
@@ -464,15 +465,17 @@ def test_tables_are_filled_again_and_again(tmp_path):
 
 def test_without_a_place_for_tables_there_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="there is no place for tables"):
-        table.filled("", [])
+        table.filled("", [], "evoformer")
     (tmp_path / "records.jsonl").write_text("")
     (tmp_path / "README.md").write_text("")
     with pytest.raises(SystemExit, match="2"):
         table.main([str(tmp_path / "records.jsonl"), str(tmp_path / "README.md")])
 
 
-def test_the_readme_shows_what_is_recorded():
-    found = records.read(RECORD) if RECORD.exists() else ()
+@pytest.mark.parametrize("of", table.TABLES)
+def test_the_readme_shows_what_is_recorded(of):
+    record = RESULTS / ("benchmarks.jsonl" if of == "evoformer" else f"{of}_benchmarks.jsonl")
+    found = records.read(record) if record.exists() else ()
     text = README.read_text("utf-8")
-    anew = "python -m isoform.kernels.benchmark.table ci/results/benchmarks.jsonl kernels/README.md"
-    assert table.filled(text, found) == text, f"the tables are old: {anew}"
+    anew = f"python -m isoform.kernels.benchmark.table --of {of} {record} kernels/README.md"
+    assert table.filled(text, found, of) == text, f"the tables are old: {anew}"

@@ -3,6 +3,7 @@
 import pytest
 
 from isoform.kernels.benchmark import records, rotary
+from isoform.kernels.benchmark.calls import times
 from isoform.kernels.benchmark.records import Record, Surroundings
 from isoform.kernels.benchmark.rotary import CASES, COPY, OURS, Case, bars, row, select
 from isoform.kernels.benchmark.timing import Quartiles, Sampled
@@ -85,7 +86,7 @@ def test_records_are_read_as_they_were_written(tmp_path):
 
 
 def test_times_are_of_what_was_timed():
-    once = rotary._times(Sampled([[1.0, 2.0, 3.0]], [[9.0, 9.0, 9.0]]))
+    once = times(Sampled([[1.0, 2.0, 3.0]], [[9.0, 9.0, 9.0]]))
     assert once["forward_ms"].median == 2.0 and "backward_ms" not in once
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
+from isoform.kernels.benchmark import calls
 from isoform.reference.contract import Shape
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -82,12 +82,4 @@ def select(patterns: Iterable[str]) -> tuple[Case, ...]:
     Raises:
         ValueError: A pattern matches nothing.
     """
-    asked = tuple(patterns)
-    for pattern in asked:
-        if not any(fnmatchcase(case.name, pattern) for case in CASES):
-            raise ValueError(f"no case {pattern}; there are {', '.join(c.name for c in CASES)}")
-    return tuple(
-        case
-        for case in CASES
-        if not asked or any(fnmatchcase(case.name, pattern) for pattern in asked)
-    )
+    return calls.select(CASES, patterns)

@@ -13,14 +13,15 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isoform.kernels.benchmark.bars import Bar
+from isoform.kernels.benchmark import calls
+from isoform.kernels.benchmark.bars import Bar, milliseconds
+from isoform.kernels.benchmark.calls import times
 from isoform.kernels.benchmark.records import Record, Surroundings, append, surroundings
-from isoform.kernels.benchmark.timing import CudaBurst, Quartiles, Sampled, Steps, in_turns
+from isoform.kernels.benchmark.timing import CudaBurst, Steps, in_turns
 
 ROUNDS = 7
 """Turns of each competitor."""
@@ -80,14 +81,7 @@ def select(patterns: Iterable[str]) -> tuple[Case, ...]:
     Raises:
         ValueError: A pattern matches no case.
     """
-    asked = tuple(patterns) or ("*",)
-    for pattern in asked:
-        if not any(fnmatchcase(case.name, pattern) for case in CASES):
-            there = ", ".join(case.name for case in CASES)
-            raise ValueError(f"no case {pattern}; there are {there}")
-    return tuple(
-        case for case in CASES if any(fnmatchcase(case.name, pattern) for pattern in asked)
-    )
+    return calls.select(CASES, patterns)
 
 
 def expression(x: Any, cos: Any, sin: Any, layout: str) -> Any:
@@ -199,7 +193,7 @@ def run(case: Case, dtype: str, around: Surroundings, rounds: int = ROUNDS) -> t
             settings=_settings(case),
             difference=differences.get(name),
             not_run=failed.get(name, ""),
-            **(_times(sampled[name]) if name not in failed else {}),
+            **(times(sampled[name]) if name not in failed else {}),
         )
         for name in steps
     )
@@ -211,13 +205,6 @@ def run(case: Case, dtype: str, around: Surroundings, rounds: int = ROUNDS) -> t
 def _settings(case: Case) -> dict[str, str]:
     turned = case.D if case.rotary_dim is None else case.rotary_dim
     return {"layout": case.layout, "rotary_dim": str(turned)}
-
-
-def _times(sampled: Sampled) -> dict[str, Any]:
-    names = ("forward", "backward")
-    ms = {f"{name}_ms": Quartiles.of(x) for name, x in zip(names, sampled.gpu_ms, strict=False)}
-    host = zip(names, sampled.host_us, strict=False)
-    return ms | {f"{name}_host_us": Quartiles.of(x) for name, x in host}
 
 
 def _differences(results: Mapping[str, Callable[[], tuple[Any, Any]]]) -> dict[str, float]:
@@ -243,25 +230,20 @@ def bars(records: Iterable[Record]) -> tuple[Bar, ...]:
     found = []
     for (case, dtype), ran in by_call.items():
         limits = {
-            f"{name}, {what}": (what, milliseconds)
+            f"{name}, {what}": (what, ms)
             for name in (EAGER, COMPILED)
             for what in ("forward", "backward")
-            if (milliseconds := _median(ran[name], what)) is not None
+            if (ms := milliseconds(ran[name], what)) is not None
         }
-        copy = _median(ran[COPY], "forward")
+        copy = milliseconds(ran[COPY], "forward")
         if case in held and copy is not None:
             for what in ("forward", "backward"):
                 limits[f"{what} at {SHARE:.0%} of a copy"] = what, copy / SHARE
         for against, (what, limit) in limits.items():
-            figure = _median(ran[OURS], what)
+            figure = milliseconds(ran[OURS], what)
             assert figure is not None
             found.append(Bar(case, dtype, what, against, figure, limit))
     return tuple(found)
-
-
-def _median(record: Record, what: str) -> float | None:
-    quartiles: Quartiles | None = getattr(record, f"{what}_ms")
-    return None if quartiles is None else quartiles.median
 
 
 def row(record: Record, copy: Record) -> str:
@@ -269,9 +251,9 @@ def row(record: Record, copy: Record) -> str:
     place = f"{record.case:30} {record.dtype:9} {record.competitor:18}"
     if record.not_run:
         return f"{place} not run: {record.not_run}"
-    floor, parts = _median(copy, "forward"), [place]
+    floor, parts = milliseconds(copy, "forward"), [place]
     for what in ("forward", "backward"):
-        ms = _median(record, what)
+        ms = milliseconds(record, what)
         if ms is not None and floor is not None:
             host = getattr(record, f"{what}_host_us").median
             share = f"{floor / ms:.0%} of a copy"

@@ -6,19 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from isoform.kernels.benchmark import calls
+from isoform.kernels.benchmark.calls import FAR, distance, reason
 from isoform.kernels.benchmark.cases import Case
 from isoform.kernels.benchmark.competitors import Competitor, Forward, Settings
 from isoform.kernels.benchmark.floors import card_of_device, floors, memory_bytes
 from isoform.kernels.benchmark.records import Record, Surroundings
 from isoform.kernels.benchmark.timing import CudaBurst, Quartiles, Sampled, in_turns
 
-DEVICE = "cuda"
-
 ROUNDS = 7
 """Turns of each competitor."""
-
-FAR = 0.1
-"""A competitor whose results differ from ours by more computes something else."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,11 @@ class Operands:
         """
         import torch
 
-        generator = torch.Generator(DEVICE).manual_seed(1)
+        generator = torch.Generator(calls.DEVICE).manual_seed(1)
         B, S, L, H, D = case.B, case.S, case.L, case.H, case.D
 
         def drawn(*sizes: int) -> Any:
-            x = torch.randn(*sizes, generator=generator, device=DEVICE)
+            x = torch.randn(*sizes, generator=generator, device=calls.DEVICE)
             return x.to(getattr(torch, dtype))
 
         q, k, v, dout = (drawn(B, S, L, H, D) for _ in range(4))
@@ -53,7 +50,7 @@ class Operands:
             q, k, v, dout = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in rows)
         mask = pair_bias = None
         if case.mask:
-            mask = torch.rand(B, S, L, generator=generator, device=DEVICE) > 0.1
+            mask = torch.rand(B, S, L, generator=generator, device=calls.DEVICE) > 0.1
             mask[..., 0] = True
         if case.pair_bias:
             pair_bias = drawn(B, 1, H, L, L)
@@ -169,7 +166,7 @@ def run(
         except Exception as problem:
             if one.ours:
                 raise
-            entry.call, entry.not_run = None, _reason(problem)
+            entry.call, entry.not_run = None, reason(problem)
         torch.cuda.empty_cache()
     standard.clear()
 
@@ -201,22 +198,12 @@ def _prepare(entry: _Entry, operands: Operands, settings: Settings, standard: li
     results = call.results()
     entry.peak_bytes = torch.cuda.max_memory_allocated() - before
     if one.biases and standard:
-        entry.difference = max(map(_distance, results, standard))
+        entry.difference = max(map(distance, results, standard))
         if entry.difference > FAR and not one.ours:
             raise ArithmeticError(f"its results differ from ours by {entry.difference:.2g}")
     elif one.ours:
         standard += results
     entry.call = call
-
-
-def _distance(x: Any, y: Any) -> float:
-    """‖x − y‖ / ‖y‖; without a number in it, infinity."""
-    import torch
-
-    wide = torch.float32
-    off = torch.linalg.vector_norm(x - y, dtype=wide) / torch.linalg.vector_norm(y, dtype=wide)
-    found = float(off)
-    return found if found == found else float("inf")
 
 
 def _blank(case: Case, dtype: str, around: Surroundings) -> Record:
@@ -264,13 +251,3 @@ def _record(
         peak_bytes=entry.peak_bytes,
         difference=entry.difference,
     )
-
-
-def _reason(problem: Exception) -> str:
-    """What a peer's exception says, in a line."""
-    import torch
-
-    if isinstance(problem, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    first = str(problem).strip().partition("\n")[0]
-    return f"{type(problem).__name__}: {first[:200]}"
