@@ -287,3 +287,14 @@ def test_wrong_numbers_of_ranks_are_refused() -> None:
         Ranks(0)
     with pytest.raises(ValueError, match="communicator must be one of simulated, mpi, torch"):
         Ranks(1, "pigeons")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("communicator", ["torch-nccl", "cupy-nccl"])
+def test_ranks_of_nccl_work_on_a_gpu_and_declare_what_its_kernels_round(communicator):
+    ranks = Ranks(2, communicator)
+    assert (ranks.library, ranks.device, ranks.in_process) == ("torch", "cuda", False)
+    there = PARALLEL["parallel/ring-zigzag"].on(ranks).capabilities.arithmetic
+    assert there.sums == "truncated"
+    assert there.probabilities == "operand"
+    here = PARALLEL["parallel/ring-zigzag"].on(Ranks(2, "torch")).capabilities.arithmetic
+    assert here.sums == "nearest"

@@ -111,7 +111,9 @@ def test_ranks_do_not_outlive_whoever_started_them(tmp_path):
 def test_wrong_calls_are_refused(programs, monkeypatch):
     with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
         Job(0).run(programs.strided)
-    with pytest.raises(ValueError, match="transport must be one of mpi, gloo"):
+    with pytest.raises(
+        ValueError, match="transport must be one of mpi, gloo, torch-nccl, cupy-nccl"
+    ):
         Job(1, transport="smoke").run(programs.strided)
     with pytest.raises(TypeError, match="<lambda> is not at the top level of a module"):
         Job(1).run(lambda comm: None)

@@ -76,7 +76,9 @@ def test_a_mismatched_call_does_not_wait_for_ever(programs):
 def test_wrong_calls_are_refused(programs):
     with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
         launch(programs.strided, 0)
-    with pytest.raises(ValueError, match="transport must be one of mpi, gloo"):
+    with pytest.raises(
+        ValueError, match="transport must be one of mpi, gloo, torch-nccl, cupy-nccl"
+    ):
         launch(programs.strided, 1, transport="smoke")
     with pytest.raises(TypeError, match="<lambda> is not at the top level of a module"):
         launch(lambda comm: None, 1)
@@ -127,3 +129,11 @@ def test_the_programs_of_the_how_to_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"rank \d sent \d+ bytes", done.stdout)) == 3
+
+
+@pytest.mark.parametrize("transport", ["torch-nccl", "cupy-nccl"])
+def test_ranks_of_nccl_want_a_gpu_each(programs, transport, monkeypatch):
+    """Two ranks on one GPU are refused with both numbers, before NCCL hangs or fails."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as ranks inherit it
+    with pytest.raises(LaunchError, match="2 ranks of NCCL need as many GPUs, and here are 0"):
+        launch(programs.strided, 2, transport=transport)

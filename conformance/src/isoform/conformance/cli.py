@@ -65,6 +65,8 @@ class Communicator(StrEnum):
     simulated = "simulated"
     mpi = "mpi"
     torch = "torch"
+    torch_nccl = "torch-nccl"
+    cupy_nccl = "cupy-nccl"
 
 
 CODES = "Exit codes: 0 all passed, 1 something is wrong, 2 usage, 3 nothing ran, 130 interrupted."
@@ -238,6 +240,7 @@ JoinedBy = Annotated[
         "--communicator",
         help="What the ranks are. simulated: threads of one process, which name a deadlock. mpi: "
         "processes started by mpiexec. torch: processes joined by gloo, with PyTorch tensors. "
+        "torch-nccl and cupy-nccl: a process to a GPU, joined by NCCL, by PyTorch's or by CuPy's. "
         "[dim]simulated if not said.[/]",
     ),
 ]

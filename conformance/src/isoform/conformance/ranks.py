@@ -29,11 +29,12 @@ from isoform.conformance.case import Operands
 from isoform.conformance.dtypes import Array, same
 from isoform.conformance.frameworks import framework
 from isoform.conformance.implementation import Implementation
+from isoform.kernels import attention_tensor
 from isoform.parallel import Sharding
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.communicators.simulated import simulate
 from isoform.parallel.job import Job
-from isoform.parallel.launch import LaunchError, mpiexec
+from isoform.parallel.launch import LaunchError, Transport, mpiexec
 from isoform.parallel.sharding import Kind
 from isoform.reference.attention_contract import DIFFERENTIABLE, NAME, PLACES, attention_call
 from isoform.reference.contract import Arithmetic, Capabilities, Unsupported
@@ -43,7 +44,15 @@ Vjp = Callable[..., tuple[Any, Callable[[Any], Sequence[Any]]]]
 shard of the output, and the function of ``dout`` that gives ``dq, dk, dv``. At the top level of a
 module, or a ``functools.partial`` of such, so that other processes find it."""
 
-Joined = Literal["simulated", "mpi", "torch"]
+Joined = Literal["simulated", "mpi", "torch", "torch-nccl", "cupy-nccl"]
+
+TRANSPORTS: dict[str, Transport] = {
+    "mpi": "mpi",
+    "torch": "gloo",
+    "torch-nccl": "torch-nccl",
+    "cupy-nccl": "cupy-nccl",
+}
+"""How ranks that are processes are started and joined."""
 
 CAPABILITIES = Capabilities(
     NAME,
@@ -69,7 +78,9 @@ class Ranks:
     Attributes:
         size: P.
         communicator: ``"simulated"``: threads of this process; ``"mpi"``: processes that
-            ``mpiexec`` starts; ``"torch"``: processes with gloo, whose arrays are PyTorch tensors.
+            ``mpiexec`` starts; ``"torch"``: processes with gloo, whose arrays are PyTorch tensors;
+            ``"torch-nccl"`` and ``"cupy-nccl"``: processes with a GPU each, where the tensors are,
+            joined by NCCL, PyTorch's or through CuPy.
         limit: Seconds that processes have for a call; then all are ended. Threads cannot be: there
             a deadlock is found instead.
 
@@ -96,13 +107,19 @@ class Ranks:
     @property
     def library(self) -> str:
         """Whose arrays the ranks work with."""
-        return "torch" if self.communicator == "torch" else "numpy"
+        return "numpy" if self.communicator in ("simulated", "mpi") else "torch"
+
+    @property
+    def device(self) -> str:
+        """Where the ranks' arrays are."""
+        return "cuda" if self.communicator.endswith("-nccl") else "cpu"
 
     def require(self) -> None:
         """Raise ImportError where what starts or joins the ranks is not installed."""
-        module = {"mpi": "mpi4py", "torch": "torch"}.get(self.communicator)
+        needed = {"mpi": "mpi4py", "torch": "torch", "torch-nccl": "torch", "cupy-nccl": "cupy"}
+        module = needed.get(self.communicator)
         if module and importlib.util.find_spec(module) is None:
-            extra = self.communicator
+            extra = {"mpi4py": "mpi", "cupy": "torch,cuda13"}.get(module, module)
             remedy = f"install it with 'pip install \"isoform[{extra}]\"'"
             raise ImportError(f"ranks of {self.communicator} need {module}: {remedy}", name=module)
         if self.communicator == "mpi":
@@ -129,7 +146,7 @@ class Ranks:
 @cache
 def _job(size: int, communicator: str) -> Job:
     """The processes, which stay for the calls to come."""
-    job = Job(size, transport="gloo" if communicator == "torch" else "mpi")
+    job = Job(size, transport=TRANSPORTS[communicator])
     atexit.register(job.close)
     return job
 
@@ -176,8 +193,11 @@ class Spread:
         )
 
     def on(self, ranks: Ranks) -> Implementation:
-        """The same on other ranks."""
-        return replace(self, ranks=ranks).implementation()
+        """The same on other ranks; on GPUs those of ours round as the kernels do."""
+        declared = self.capabilities
+        if ranks.device == "cuda" and declared is CAPABILITIES:
+            declared = replace(declared, arithmetic=attention_tensor.CAPABILITIES.arithmetic)
+        return replace(self, ranks=ranks, capabilities=declared).implementation()
 
     def forward(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
         """The operation: ``out`` of the whole sequence."""
@@ -204,7 +224,7 @@ class Spread:
         )
         self.capabilities.require(call, self.name)
         sharding = self.sharding(call.shape.Q)
-        found = self.ranks.run(_on_rank, self.vjp, sharding, self.ranks.library, operands, given)
+        found = self.ranks.run(_on_rank, self.vjp, sharding, self.ranks, operands, given)
         for answer in found:
             if isinstance(answer, _Refusal):
                 raise Unsupported(answer.reasons, self.name)
@@ -237,19 +257,19 @@ def _on_rank(
     comm: Communicator,
     vjp: Vjp,
     sharding: Sharding,
-    library: str,
+    ranks: Ranks,
     operands: Operands,
     options: dict[str, Any],
 ) -> tuple[Array, ...] | _Refusal:
     """This rank's shards of ``out`` and, where ``dout`` is given, of ``dq, dk, dv``."""
-    arrays = framework(library)
+    arrays = framework(ranks.library)
     places = {name: options[name] for name in PLACES if options.get(name) is not None}
     whole = operands | places
     own = {
         name: sharding.shard(x, comm.rank, axis=-1 if name in places else 1)
         for name, x in whole.items()
     }
-    given = arrays.upload(own, "cpu")
+    given = arrays.upload(own, ranks.device)
     arrays.poison(given)
     before = {name: arrays.download(x) for name, x in given.items()}
     others = {name: x for name, x in options.items() if name not in PLACES}

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple, TextIO, TypeVar, get_args
 from isoform.parallel.communicator import CommunicationError, Communicator
 
 Result = TypeVar("Result")
-Transport = Literal["mpi", "gloo"]
+Transport = Literal["mpi", "gloo", "torch-nccl", "cupy-nccl"]
 
 GRACE = 5.0
 """Seconds that processes have to end after they were asked to, before they are killed."""
@@ -112,7 +112,9 @@ def launch(
             :class:`~isoform.parallel.Communicator` first.
         ranks: P, 1 or more; more than there are cores is legal.
         args: Given to every rank; must survive pickling.
-        transport: ``"mpi"`` (started by ``mpiexec``), or ``"gloo"`` of ``torch.distributed``.
+        transport: ``"mpi"`` (started by ``mpiexec``), or ``"gloo"`` of ``torch.distributed``. On
+            GPUs, one for each rank: ``"torch-nccl"``, NCCL of ``torch.distributed``, or
+            ``"cupy-nccl"``, NCCL through CuPy; what lies in the host's memory goes by gloo then.
         limit: Seconds after which all ranks are ended.
         threads: Threads that numerical libraries may use in each rank.
         kwargs: As args.
@@ -281,9 +283,26 @@ def _communicators(transport: Transport, folder: Path) -> tuple[Communicator, Co
     from isoform.parallel.communicators.torch_distributed import TorchCommunicator, load
 
     rank, ranks = map(int, os.environ["ISOFORM_RANK"].split("/"))
+    if transport != "gloo":
+        _take_gpu(rank, ranks)
+    backend = "cpu:gloo,cuda:nccl" if transport == "torch-nccl" else "gloo"
     store = f"file://{folder / 'store'}"
-    load().init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    return TorchCommunicator(), TorchCommunicator(load().new_group())
+    load().init_process_group(backend, init_method=store, rank=rank, world_size=ranks)
+    comm: Communicator = TorchCommunicator()
+    if transport == "cupy-nccl":
+        from isoform.parallel.communicators.nccl import NCCLCommunicator
+
+        comm = NCCLCommunicator(comm)
+    return comm, TorchCommunicator(load().new_group(backend="gloo"))
+
+
+def _take_gpu(rank: int, ranks: int) -> None:
+    """Make the rank's own GPU the current one: NCCL joins no two ranks of one GPU."""
+    import torch
+
+    if (there := torch.cuda.device_count()) < ranks:
+        raise CommunicationError(f"{ranks} ranks of NCCL need as many GPUs, and here are {there}")
+    torch.cuda.set_device(rank)
 
 
 if __name__ == "__main__":
