@@ -1,26 +1,36 @@
 """Judge the peers that can run here, and append what was seen to a record, a JSON line each.
 
     python ci/peers.py ci/results/peers.jsonl              # all; those that cannot are recorded too
-    python ci/peers.py ci/results/peers.jsonl sdpa-math xformers --device cuda
+    python ci/peers.py ci/results/peers.jsonl sdpa-math xformers --device cuda --jobs 10
 
 A peer that cannot run here is a line as well: *not run*, and what it needs. `isoform report
 --matrix ci/results/peers.jsonl` makes a page of the record. What peers get wrong does not fail this
-program: it is what the record is for.
+program: it is what the record is for. Which cases were left out is recorded with what was seen.
+
+Every peer has processes of its own, over which its cases are spread: what takes the time is the
+oracle, on the CPU, and a peer that spoils a GPU's context, or dies, spoils no other's record.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory
 from isoform.conformance.matrix import Record, records
 from isoform.conformance.operations import CASES
 from isoform.conformance.peers import PEERS, Peer
 from isoform.conformance.registry import find
-from isoform.conformance.run import environment, run
+from isoform.conformance.run import Run, declared, environment
+from isoform.conformance.verdicts import Outcome
 
 
 def main() -> int:
@@ -30,15 +40,21 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="peers, or implementations of ours")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tag", help="only cases with this tag")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
+    )
     asked = parser.parse_args()
-    lines = [line for name in asked.names or PEERS for line in seen(name, asked.device, asked.tag)]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: the cores are shared
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     asked.record.parent.mkdir(parents=True, exist_ok=True)
-    with asked.record.open("a", encoding="utf-8") as record:
-        record.writelines(line.as_json() + "\n" for line in lines)
+    for name in asked.names or PEERS:
+        lines = seen(name, asked.device, asked.tag, asked.jobs)
+        with asked.record.open("a", encoding="utf-8") as record:
+            record.writelines(line.as_json() + "\n" for line in lines)
     return 0
 
 
-def seen(name: str, device: str, tag: str | None) -> list[Record]:
+def seen(name: str, device: str, tag: str | None, jobs: int) -> list[Record]:
     """What was seen of ``name``."""
     peer = PEERS.get(name)
     if peer is not None and (reason := peer.why_not()):
@@ -46,23 +62,55 @@ def seen(name: str, device: str, tag: str | None) -> list[Record]:
         return [not_run(peer, reason)]
     implementation = find(name)
     operations = {one.operation for one in implementation.offers}
-    cases = [
+    offered = [
         case
         for case in CASES.values()
         if case.operation in operations
         and (device != "cpu" or not case.large)
         and "full-size" not in case.tags
-        and (tag is None or tag in case.tags)
     ]
-    judged = run([implementation], cases, device=device, architecture=architecture(device))
-    found = list(records(judged))
-    limits = {"cases": tag} if tag else {}
+    cases = sorted(
+        (case for case in offered if tag is None or tag in case.tags),
+        key=lambda case: -case.shape.largest * case.shape.D,  # the long ones first
+    )
+    start = time.monotonic()
+    outcomes: list[Outcome] = []
+    died = ""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(cases) + 1), spawn) as pool:
+        pending = [pool.submit(judge_calls, name, device)]
+        pending += [pool.submit(judge_case, name, case.id, device) for case in cases]
+        try:
+            for future in pending:
+                outcomes += future.result()
+        except BrokenProcessPool:  # which case it was cannot be told: others were under way
+            died = "ended the process that judged it"
+    judged = Run(
+        tuple(outcomes),
+        {implementation.name: declared(implementation)},
+        environment([implementation], device),
+    )
     counts = {str(verdict): n for verdict, n in judged.counts().items()}
-    sys.stderr.write(f"{name}: {counts}\n")
+    took = f"{time.monotonic() - start:.0f} s"
+    sys.stderr.write(f"{name}: {counts} {died} ({len(cases)} cases, {took})\n")
+    limits = {"cases": f"{tag}: {len(cases)} of {len(offered)}"} if tag else {}
+    if died:
+        limits["died"] = f"{name} {died}; what is shown was seen before"
     return [
         replace(each, environment={**each.environment, **versions(peer), **limits})
-        for each in found
+        for each in records(judged)
     ]
+
+
+def judge_case(name: str, case: str, device: str) -> list[Outcome]:
+    """One case, in a process of the peer's."""
+    return judge(find(name), CASES[case], device=device, architecture=architecture(device))
+
+
+def judge_calls(name: str, device: str) -> list[Outcome]:
+    """Answers to wrong calls, and how memory grows."""
+    implementation = find(name)
+    return judge_invalid_calls(implementation, device) + judge_memory(implementation, device)
 
 
 def not_run(peer: Peer, reason: str) -> Record:
