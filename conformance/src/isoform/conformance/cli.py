@@ -240,7 +240,7 @@ JoinedBy = Annotated[
         "--communicator",
         help="What the ranks are. simulated: threads of one process, which name a deadlock. mpi: "
         "processes started by mpiexec. torch: processes joined by gloo, with PyTorch tensors. "
-        "torch-nccl and cupy-nccl: a process to a GPU, joined by NCCL, by PyTorch's or by CuPy's. "
+        "torch-nccl, cupy-nccl: a process to a GPU, joined by NCCL of PyTorch or of CuPy. "
         "[dim]simulated if not said.[/]",
     ),
 ]
