@@ -16,6 +16,7 @@ from isoform.conformance.budgets import result_format
 from isoform.conformance.case import Operands
 from isoform.conformance.chunks import Processor, in_chunks
 from isoform.conformance.dtypes import FORMATS, Array, rounded
+from isoform.conformance.products import product_over_channels
 from isoform.conformance.signatures import ATTENTION
 from isoform.reference.contract import Arithmetic
 from isoform.reference.numpy.evoformer import (
@@ -77,6 +78,7 @@ def _with_roundings(
     """The results of one chunk, as they are before they are rounded to what is returned."""
     steps = {name: arithmetic.resolve(name, dtype) for name in ATTENTION.arithmetic}
     wide = FORMATS[steps["accumulate"]].dtype
+    over_channels = product_over_channels(arithmetic, dtype)
     mask = mask_of(chunk, window)
     pairs = mask.pairs()
     factor = wide.type(resolve_scale(scale, chunk["q"]))
@@ -87,7 +89,7 @@ def _with_roundings(
         kh = heads_first(attended(chunk["k"], mask.real_keys()), wide, H)
         vh = heads_first(attended(chunk["v"], mask.real_keys()), wide, H)
 
-        s = rounded(factor * (qh @ kh.swapaxes(-1, -2)), steps["logits"])
+        s = rounded(factor * over_channels(qh, kh.swapaxes(-1, -2)), steps["logits"])
         s = np.where(pairs, s, wide.type(-np.inf))
         top = largest(s)[..., None]
         none_left = top == -np.inf
@@ -102,7 +104,7 @@ def _with_roundings(
 
         do = rounded(living(chunk["dout"], none_left, wide), steps["cotangent"])
         p = np.where(pairs & ~none_left, np.exp(s - np.where(none_left, 0, lse)), wide.type(0))
-        dp = do @ vh.swapaxes(-1, -2)
+        dp = over_channels(do, vh.swapaxes(-1, -2))
         delta = (do * rounded(o, steps["output"])).sum(-1, keepdims=True)
         ds = rounded(np.where(none_left, 0, p * (dp - delta)), steps["dlogits"])
         p = rounded(p, steps["probabilities"])

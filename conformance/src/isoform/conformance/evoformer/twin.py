@@ -18,6 +18,7 @@ from isoform.conformance.case import Operands
 from isoform.conformance.chunks import Processor, in_chunks
 from isoform.conformance.dtypes import FORMATS, Array, rounded
 from isoform.conformance.evoformer.cases import shape_of
+from isoform.conformance.products import product_over_channels
 from isoform.reference.contract import Arithmetic
 from isoform.reference.numpy.evoformer import (
     attended,
@@ -74,8 +75,7 @@ def _with_roundings(
     wide = FORMATS[steps["accumulate"]].dtype
     q, k, v, mask = (chunk.get(name) for name in ("q", "k", "v", "mask"))
     assert q is not None and k is not None and v is not None
-    truncate = arithmetic.sums == "truncated" and FORMATS[dtype].digits < FORMATS["float32"].digits
-    over_channels = _truncating if truncate else np.matmul
+    over_channels = product_over_channels(arithmetic, dtype)
     factor = wide.type(resolve_scale(scale, q))
     H, G = q.shape[3], k.shape[3]
 
@@ -123,14 +123,3 @@ def _with_roundings(
         if gradients and "pair_bias" in chunk:
             results["dpair_bias"] = ds.sum(1, keepdims=True)
         return results | {"lse": lse[..., 0]}
-
-
-def _truncating(x: Array, y: Array) -> Array:
-    """``x @ y`` as tensor cores do it: the sum of sixteen products, exact, is added and cut off."""
-    total = np.zeros_like(x, shape=(*x.shape[:-1], y.shape[-1]))  # of whichever library x is
-    for first in range(0, x.shape[-1], 16):
-        some = slice(first, first + 16)
-        exact = total + x[..., some].astype(np.float64) @ y[..., some, :].astype(np.float64)
-        nearest = exact.astype(x.dtype)
-        total = np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, 0), nearest)
-    return total
