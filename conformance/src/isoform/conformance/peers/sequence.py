@@ -114,7 +114,10 @@ def _mesh() -> Any:
 def _context_parallel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
     from torch.distributed.tensor.experimental import context_parallel
 
-    with context_parallel(_mesh()):  # the shards are made already: no buffers to be cut
+    mesh = _mesh()
+    # The shards are made already; that they lie zigzag it tells from a buffer that it may cut.
+    cut = torch.empty(mesh.size() * q.shape[1], device=q.device)
+    with context_parallel(mesh, buffers=[cut], buffer_seq_dims=[0], no_restore_buffers={cut}):
         return _local(q, k, v, causal=causal, scale=scale)
 
 

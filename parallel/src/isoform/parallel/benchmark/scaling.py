@@ -1,0 +1,524 @@
+"""Attention over GPUs that NCCL joins: how much faster than one, by length and strategy.
+
+    python -m isoform.parallel.benchmark.scaling --ranks 2 --record scaling.jsonl
+
+Every rank has a GPU. A point is one call, bfloat16 and causal, its shards zigzag, forward and
+backward; its time is that of the rank that takes longest, and of several rounds the median. Beside
+each strategy, in the same run: one GPU with the whole sequence; the same program where ranks do not
+send but copy their own arrays, so that the difference is the communication that is *exposed*; the
+planner's prediction, from one GPU's speed and the bandwidth between two; and PyTorch's own
+``context_parallel``.
+
+With ``--simulated 8`` there is one GPU, and the ranks are threads that share it: they do one after
+another what one call does at once, and what is more is the price of blocks and of their merging.
+
+Strong scaling is the time of one GPU over P times that of P. For weak scaling ``--weak`` adds to
+every length the one at which a rank of P computes what one GPU does at that length: √P times it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise, product
+from math import isqrt
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from isoform.parallel.attention import Strategy, attention_vjp
+from isoform.parallel.communicator import Communicator, Parcel
+from isoform.parallel.communicators.simulated import simulate
+from isoform.parallel.job import Job
+from isoform.parallel.planner import Attended, Sizes, Topology, plan
+from isoform.parallel.planner.topology import Level
+from isoform.parallel.sharding import Sharding
+
+STRATEGIES: tuple[Strategy, ...] = ("ring", "ulysses", "all_gather")
+PEER = "context_parallel"
+"""PyTorch's own, with its zigzag load balancing."""
+ONE, EXPOSED = "one GPU", "nothing sent"
+"""Who else is timed."""
+
+DTYPE = "bfloat16"
+STEP = 256
+"""Lengths of weak scaling are multiples of it."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A call: ``q [1, L, H, D]``, ``k`` and ``v`` ``[1, L, G, D]``."""
+
+    L: int
+    H: int
+    G: int
+    D: int
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of a causal forward; a backward has 2.5 times as many."""
+        return 4.0 * self.H * self.D * self.L * (self.L + 1) / 2
+
+
+class Seconds(NamedTuple):
+    """Of a forward and of a backward."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a rank found: seconds by round, and what it sent in both passes of one."""
+
+    rounds: tuple[Seconds, ...]
+    bytes: int = 0
+    messages: int = 0
+    not_run: str = ""
+
+
+# --- on the ranks ---
+
+
+class Silent(Communicator):
+    """Ranks that send nothing: what should arrive is copied from what should be sent.
+
+    So all others say what this one says. A rank computes, allocates and copies as among real
+    ranks, only with the wrong numbers.
+    """
+
+    devices = frozenset({"cpu", "cuda", "cupy"})
+
+    def _post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Callable[[], None]:
+        for index, parcel in enumerate(receives):
+            data = sends[index % len(sends)].data if sends else parcel.data
+            if type(data) is type(parcel.data) and len(data) == len(parcel.data):
+                parcel.data[:] = data
+            else:
+                parcel.data[:] = 0
+        return lambda: None
+
+    def _subgroup(self, groups: Sequence[Sequence[int]], mine: int) -> Communicator:
+        return Silent(list(groups[mine]).index(self.rank), len(groups[mine]), self.traffic)
+
+    def grid(self, near: int) -> tuple[Communicator, Communicator]:
+        """As many ranks as in a grid of real ones."""
+        return (
+            Silent(self.rank % near, near, self.traffic),
+            Silent(self.rank // near, self.size // near, self.traffic),
+        )
+
+
+def timed(comm: Communicator, point: Point, competitor: str, rounds: int, warm: int = 1) -> Timed:
+    """Time ``point`` on this rank, by a strategy, :data:`PEER`, or on one GPU of rank 0."""
+    import torch
+
+    base, _, silent = competitor.partition(", ")
+    if base == ONE and comm.rank:
+        return Timed(())
+    sharding = Sharding.zigzag(point.L, 1 if base == ONE else comm.size)
+    length = sharding.lengths[0 if base == ONE else comm.rank]
+    generator = torch.Generator("cuda").manual_seed(comm.rank)
+    q, k, v, dout = (
+        torch.randn(
+            1, length, heads, point.D, device="cuda", dtype=torch.bfloat16, generator=generator
+        )
+        for heads in (point.H, point.G, point.G, point.H)
+    )
+    inside = Silent(comm.rank, comm.size) if silent else comm
+    forward = {ONE: _alone, PEER: _context_parallel}.get(
+        base, partial(_over_ranks, comm=inside, sharding=sharding, strategy=base)
+    )
+    found = []
+    try:
+        for _ in range(warm + rounds):
+            inside.traffic.clear()
+            found.append(_once(comm, forward, (q, k, v), dout, alone=base == ONE))
+    except Exception as problem:
+        if base != PEER and not isinstance(problem, torch.cuda.OutOfMemoryError):
+            raise
+        said = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        return Timed((), not_run=said)
+    sent = inside.traffic
+    return Timed(tuple(found[warm:]), sum(sent.bytes_by.values()), sum(sent.messages_by.values()))
+
+
+def _once(
+    comm: Communicator,
+    forward: Callable[..., tuple[Any, Callable[[Any], Any]]],
+    operands: tuple[Any, ...],
+    dout: Any,
+    *,
+    alone: bool,
+) -> Seconds:
+    import torch
+
+    marks = _marks(3)
+    torch.cuda.synchronize()
+    if not alone:
+        comm.barrier()
+    marks[0].record()
+    _, backward = forward(*operands)
+    marks[1].record()
+    backward(dout)
+    marks[2].record()
+    torch.cuda.synchronize()
+    return Seconds(*(1e-3 * start.elapsed_time(end) for start, end in pairwise(marks)))
+
+
+def _marks(count: int) -> list[Any]:
+    """Moments on the GPU's stream, to be recorded."""
+    from torch.cuda import Event
+
+    event: Callable[..., Any] = Event
+    return [event(enable_timing=True) for _ in range(count)]
+
+
+def _alone(q: Any, k: Any, v: Any) -> tuple[Any, Callable[[Any], Any]]:
+    from isoform.kernels.attention import attention
+
+    return _by_autograd(lambda *rows: attention(*rows, causal=True), q, k, v)
+
+
+def _over_ranks(
+    q: Any, k: Any, v: Any, *, comm: Communicator, sharding: Sharding, strategy: str
+) -> tuple[Any, Callable[[Any], Any]]:
+    chosen = cast(Strategy, strategy)
+    return attention_vjp(q, k, v, comm=comm, sharding=sharding, strategy=chosen, causal=True)
+
+
+def _context_parallel(q: Any, k: Any, v: Any) -> tuple[Any, Callable[[Any], Any]]:
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = init_device_mesh("cuda", (torch.distributed.get_world_size(),))
+    repeats = q.shape[2] // k.shape[2]  # its attention knows no grouped heads
+
+    def attend(*rows: Any) -> Any:
+        query, key, value = (x.transpose(1, 2) for x in rows)
+        if repeats > 1:
+            key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return found.transpose(1, 2)
+
+    # The shards are made already; that they lie zigzag it tells from a buffer that it may cut.
+    cut = torch.empty(mesh.size() * q.shape[1], device="cuda")
+    context = context_parallel(mesh, buffers=[cut], buffer_seq_dims=[0], no_restore_buffers={cut})
+    context.__enter__()  # the backward is dispatched by it too
+    out, backward = _by_autograd(attend, q, k, v)
+
+    def leave(dout: Any) -> Any:
+        try:
+            return backward(dout)
+        finally:
+            context.__exit__(None, None, None)
+
+    return out, leave
+
+
+def _by_autograd(
+    function: Callable[..., Any], q: Any, k: Any, v: Any
+) -> tuple[Any, Callable[[Any], Any]]:
+    import torch
+
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves)
+    return out, lambda dout: torch.autograd.grad(out, leaves, dout)
+
+
+def in_turns(point: Point, ranks: int, strategy: Strategy, rounds: int, warm: int = 1) -> Seconds:
+    """Time ``ranks`` threads that share this GPU: the median of a forward, and of a backward."""
+    import torch
+
+    sharding = Sharding.zigzag(point.L, ranks)
+    generator = torch.Generator("cuda").manual_seed(0)
+    shards = [
+        [
+            torch.randn(
+                1, length, heads, point.D, device="cuda", dtype=torch.bfloat16, generator=generator
+            )
+            for heads in (point.H, point.G, point.G, point.H)
+        ]
+        for length in sharding.lengths
+    ]
+    options: dict[str, Any] = {"sharding": sharding, "strategy": strategy, "causal": True}
+    found = []
+    for _ in range(warm + rounds):
+        times = []
+        for backward_too in (False, True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            simulate(_in_thread, ranks, shards, options, backward_too)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        found.append(Seconds(times[0], times[1] - times[0]))
+    return Seconds(*map(statistics.median, zip(*found[warm:], strict=True)))
+
+
+def _in_thread(
+    comm: Communicator, shards: list[list[Any]], options: dict[str, Any], backward_too: bool
+) -> None:
+    *rows, dout = shards[comm.rank]
+    _, backward = attention_vjp(*rows, comm=comm, **options)
+    if backward_too:
+        backward(dout)
+
+
+def bandwidth(comm: Communicator, size: int = 1 << 28) -> float:
+    """Bytes a second that this rank sends to the next, while it gets as many."""
+    import torch
+
+    if comm.size == 1:
+        return float("inf")
+    sent = torch.empty(size, dtype=torch.uint8, device="cuda")
+    got = torch.empty_like(sent)
+    best = 0.0
+    for _ in range(4):
+        torch.cuda.synchronize()
+        comm.barrier()
+        marks = _marks(2)
+        marks[0].record()
+        after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        comm.exchange([(after, sent)], [(before, got)]).wait()
+        marks[1].record()
+        torch.cuda.synchronize()
+        best = max(best, size / (1e-3 * marks[0].elapsed_time(marks[1])))
+    return best
+
+
+# --- here ---
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of the record: a competitor at a point.
+
+    Attributes:
+        surroundings: Where and when, as of :mod:`isoform.kernels.benchmark.records`.
+        transport: What joins the ranks.
+        ranks: P.
+        point: Of the call.
+        competitor: Who.
+        forward_s, backward_s: Median over rounds, of the rank that takes longest.
+        efficiency: One GPU's time over P times this, or over this where the ranks share one; None
+            where one GPU was not timed.
+        exposed_s: Seconds more than where nothing is sent, both passes together.
+        predicted_s: What the planner says of both passes.
+        bytes, messages: That the rank sent that sends most.
+        not_run: Why there is nothing else.
+    """
+
+    surroundings: Any
+    transport: str
+    ranks: int
+    point: Point
+    competitor: str
+    forward_s: float | None = None
+    backward_s: float | None = None
+    efficiency: float | None = None
+    exposed_s: float | None = None
+    predicted_s: float | None = None
+    bytes: int = 0
+    messages: int = 0
+    not_run: str = ""
+
+    def as_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+
+def slowest(by_rank: Iterable[Timed]) -> Seconds | None:
+    """The median round, each as long as on the rank that takes longest; None if there is none."""
+    rounds = list(zip(*(one.rounds for one in by_rank if one.rounds), strict=True))
+    if not rounds:
+        return None
+    longest = [Seconds(*(max(times) for times in zip(*each, strict=True))) for each in rounds]
+    return Seconds(*(statistics.median(times) for times in zip(*longest, strict=True)))
+
+
+def measure(
+    job: Job, points: Iterable[Point], around: Any, rounds: int, peers: Sequence[str]
+) -> Iterator[Record]:
+    """A record of one GPU, of each strategy and each peer at every point."""
+    ranks = job.ranks
+    rate = min(job.run(bandwidth, limit=120))
+    for point in points:
+
+        def ask(competitor: str, point: Point = point) -> list[Timed]:
+            return job.run(timed, point, competitor, rounds, limit=300)
+
+        one = slowest(ask(ONE))
+        blank = partial(Record, around, job.transport, point=point)
+        if one is not None:
+            yield blank(ranks=1, competitor=ONE, forward_s=one.forward, backward_s=one.backward)
+        for competitor in (*STRATEGIES, *peers):
+            found = ask(competitor)
+            taken = slowest(found)
+            if taken is None:
+                why = next((each.not_run for each in found if each.not_run), "no rank ran it")
+                yield blank(ranks=ranks, competitor=competitor, not_run=why)
+                continue
+            ours = competitor in STRATEGIES
+            silent = slowest(ask(f"{competitor}, {EXPOSED}")) if ours else None
+            yield blank(
+                ranks=ranks,
+                competitor=competitor,
+                forward_s=taken.forward,
+                backward_s=taken.backward,
+                efficiency=None if one is None else sum(one) / (ranks * sum(taken)),
+                exposed_s=None if silent is None else sum(taken) - sum(silent),
+                predicted_s=predicted(point, ranks, one, rate, competitor) if ours else None,
+                bytes=max(each.bytes for each in found),
+                messages=max(each.messages for each in found),
+            )
+
+
+def measure_simulated(
+    points: Iterable[Point], ranks: int, around: Any, rounds: int
+) -> Iterator[Record]:
+    """A record of one call, and of each strategy's ranks one after another, at every point."""
+    for point in points:
+        alone = timed(Silent(0, 1), point, ONE, rounds)
+        one = slowest([alone])
+        assert one is not None, alone.not_run
+        blank = partial(Record, around, "simulated", point=point)
+        yield blank(ranks=1, competitor=ONE, forward_s=one.forward, backward_s=one.backward)
+        for strategy in STRATEGIES:
+            taken = in_turns(point, ranks, strategy, rounds)
+            yield blank(
+                ranks=ranks,
+                competitor=strategy,
+                forward_s=taken.forward,
+                backward_s=taken.backward,
+                efficiency=sum(one) / sum(taken),
+            )
+
+
+def predicted(
+    point: Point, ranks: int, one: Seconds | None, rate: float, strategy: str
+) -> float | None:
+    """The planner's seconds of both passes, from one GPU's speed and the links' bandwidth."""
+    if one is None:
+        return None
+    flops = 3.5 * point.operations / sum(one)
+    links = Topology("measured", (Level("GPU to GPU", rate, 1e-5),), {DTYPE: flops})
+    sizes = Sizes(1, point.H, point.G, point.D, 2)
+    sharding = Sharding.zigzag(point.L, ranks)
+    found = plan([sharding], sizes, dtype=DTYPE, attended=Attended(causal=True), topology=links)
+    chosen = next(each for each in found.candidates if each.strategy == strategy)
+    return None if chosen.time is None else chosen.time.total
+
+
+def points_of(
+    lengths: Iterable[int], heads: int, groups: Iterable[int], head_dim: int, weak_ranks: int
+) -> list[Point]:
+    """All points; with ``weak_ranks`` > 1 also those of weak scaling."""
+    wanted = sorted(
+        {
+            length
+            for L in lengths
+            for length in (L, isqrt(weak_ranks * L * L) // STEP * STEP)
+            if length
+        }
+    )
+    return [Point(L, heads, G, head_dim) for G, L in product(groups, wanted)]
+
+
+def _row(record: Record) -> str:
+    at = record.point
+    place = f"L={at.L:<8} H={at.H} G={at.G:<3} P={record.ranks} {record.competitor:18}"
+    if record.not_run:
+        return f"{place} not run: {record.not_run}"
+    assert record.forward_s is not None and record.backward_s is not None
+    parts = [f"{place} forward {1e3 * record.forward_s:9.2f} ms"]
+    parts.append(f"backward {1e3 * record.backward_s:9.2f} ms")
+    if record.efficiency is not None:
+        parts.append(f"{record.efficiency:6.1%} of ideal")
+    if record.exposed_s is not None:
+        parts.append(f"exposed {1e3 * record.exposed_s:.2f} ms")
+    if record.predicted_s is not None:
+        parts.append(f"predicted {1e3 * record.predicted_s:.2f} ms")
+    return "  ".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time all points, print a line for each competitor, and record it."""
+    line = argparse.ArgumentParser(
+        prog="python -m isoform.parallel.benchmark.scaling",
+        description=str(__doc__).partition("\n\n")[0],
+        epilog="Exit codes: 0 timed, 2 usage, 3 too few GPUs.",
+    )
+    line.add_argument("--ranks", type=int, default=2, help="GPUs (%(default)s)")
+    line.add_argument(
+        *("--lengths", "-L"),
+        type=int,
+        nargs="+",
+        default=[32768, 131072],
+        metavar="L",
+        help="positions of the whole sequence (%(default)s)",
+    )
+    line.add_argument("--heads", type=int, default=32, help="of queries (%(default)s)")
+    line.add_argument(
+        "--groups", type=int, nargs="+", default=[32, 8], metavar="G", help="of keys (%(default)s)"
+    )
+    line.add_argument("--head-dim", type=int, default=128, help="(%(default)s)")
+    line.add_argument("--rounds", type=int, default=3, help="the median counts (%(default)s)")
+    line.add_argument("--weak", action="store_true", help="lengths of weak scaling too")
+    line.add_argument(
+        "--transport",
+        choices=("torch-nccl", "cupy-nccl"),
+        default="torch-nccl",
+        help="whose NCCL (%(default)s); the peer needs PyTorch's",
+    )
+    line.add_argument(
+        "--simulated", type=int, default=0, metavar="P", help="P threads that share one GPU instead"
+    )
+    line.add_argument("--record", type=Path, metavar="FILE", help="append the lines of JSON to it")
+    line.add_argument("--json", action="store_true", help="print the lines instead of a table")
+    line.add_argument("--commit", default="", help="what is checked out, if git cannot be asked")
+    asked = line.parse_args(arguments)
+    if asked.ranks < 1 or asked.rounds < 1 or asked.simulated < 0:
+        line.error("--ranks and --rounds must be at least 1, --simulated not negative")
+    if why := _missing(1 if asked.simulated else asked.ranks):
+        print(why, file=sys.stderr)  # noqa: T201
+        return 3
+
+    from isoform.kernels.benchmark.records import surroundings
+
+    around = asdict(surroundings(asked.commit))
+    weak = asked.ranks if asked.weak else 1
+    points = points_of(asked.lengths, asked.heads, asked.groups, asked.head_dim, weak)
+    with ExitStack() as until_done:
+        if asked.simulated:
+            records = measure_simulated(points, asked.simulated, around, asked.rounds)
+        else:
+            job = until_done.enter_context(Job(asked.ranks, transport=asked.transport))
+            peers = (PEER,) if asked.transport == "torch-nccl" else ()
+            records = measure(job, points, around, asked.rounds, peers)
+        for record in records:
+            print(record.as_json() if asked.json else _row(record), flush=True)  # noqa: T201
+            if asked.record:
+                with asked.record.open("a") as file:
+                    file.write(record.as_json() + "\n")
+    return 0
+
+
+def _missing(ranks: int) -> str:
+    """Why this cannot be run here; empty if it can."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is missing: install it with 'pip install \"isoform[torch,cuda13]\"'"
+    there = torch.cuda.device_count()
+    return "" if there >= ranks else f"{ranks} ranks need as many GPUs, and here are {there}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
