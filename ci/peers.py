@@ -8,7 +8,8 @@ A peer that cannot run here is a line as well: *not run*, and what it needs. `is
 program: it is what the record is for. Which cases were left out is recorded with what was seen.
 
 Every peer has processes of its own, over which its cases are spread: what takes the time is the
-oracle, on the CPU, and a peer that spoils a GPU's context, or dies, spoils no other's record.
+oracle, on the CPU, and a peer that spoils a GPU's context, or dies, spoils no other's record. One
+that compiles for every size, or hangs, is stopped after ``--minutes``; how far it came is recorded.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as TimeIsUp
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from isoform.conformance.case import select
 from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory
 from isoform.conformance.matrix import Record, records
 from isoform.conformance.operations import CASES
@@ -40,6 +43,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="peers, or implementations of ours")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tag", help="only cases with this tag")
+    parser.add_argument("--case", action="append", default=[], help="only cases of this pattern")
+    parser.add_argument("--minutes", type=float, help="for each peer (default: no limit)")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
     )
@@ -48,13 +53,13 @@ def main() -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     asked.record.parent.mkdir(parents=True, exist_ok=True)
     for name in asked.names or PEERS:
-        lines = seen(name, asked.device, asked.tag, asked.jobs)
+        lines = seen(name, asked)
         with asked.record.open("a", encoding="utf-8") as record:
             record.writelines(line.as_json() + "\n" for line in lines)
     return 0
 
 
-def seen(name: str, device: str, tag: str | None, jobs: int) -> list[Record]:
+def seen(name: str, asked: argparse.Namespace) -> list[Record]:
     """What was seen of ``name``."""
     peer = PEERS.get(name)
     if peer is not None and (reason := peer.why_not()):
@@ -62,44 +67,71 @@ def seen(name: str, device: str, tag: str | None, jobs: int) -> list[Record]:
         return [not_run(peer, reason)]
     implementation = find(name)
     operations = {one.operation for one in implementation.offers}
-    offered = [
-        case
+    offered = {
+        case.id: case
         for case in CASES.values()
         if case.operation in operations
-        and (device != "cpu" or not case.large)
+        and (asked.device != "cpu" or not case.large)
         and "full-size" not in case.tags
-    ]
+    }
     cases = sorted(
-        (case for case in offered if tag is None or tag in case.tags),
-        key=lambda case: -case.shape.largest * case.shape.D,  # the long ones first
+        select(offered, patterns=asked.case, tags=[asked.tag] if asked.tag else []),
+        # the long ones first; where time may be up before all are judged, those of every kind
+        key=lambda case: (
+            asked.minutes is not None and "quick" not in case.tags,
+            -case.shape.largest * case.shape.D,
+        ),
     )
     start = time.monotonic()
     outcomes: list[Outcome] = []
-    died = ""
+    judged_cases = 0
+    ended = ""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(cases) + 1), spawn) as pool:
-        pending = [pool.submit(judge_calls, name, device)]
-        pending += [pool.submit(judge_case, name, case.id, device) for case in cases]
-        try:
-            for future in pending:
-                outcomes += future.result()
-        except BrokenProcessPool:  # which case it was cannot be told: others were under way
-            died = "ended the process that judged it"
+    pool = ProcessPoolExecutor(min(asked.jobs, len(cases) + 1), spawn)
+    pending = [pool.submit(judge_calls, name, asked.device)]
+    pending += [pool.submit(judge_case, name, case.id, asked.device) for case in cases]
+    try:
+        for future in as_completed(pending, asked.minutes and 60 * asked.minutes):
+            outcomes += future.result()
+            judged_cases += future is not pending[0]
+    except BrokenProcessPool:  # which case it was cannot be told: others were under way
+        ended = f"{name} ended the process that judged it"
+    except TimeIsUp:
+        ended = f"{asked.minutes:g} minutes were up"
+        for process in multiprocessing.active_children():  # what hangs does not end by itself
+            process.kill()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    order = {case.id: place for place, case in enumerate(CASES.values())}
+    outcomes.sort(key=lambda outcome: order.get(outcome.case, -1))
     judged = Run(
         tuple(outcomes),
         {implementation.name: declared(implementation)},
-        environment([implementation], device),
+        environment([implementation], asked.device),
     )
     counts = {str(verdict): n for verdict, n in judged.counts().items()}
     took = f"{time.monotonic() - start:.0f} s"
-    sys.stderr.write(f"{name}: {counts} {died} ({len(cases)} cases, {took})\n")
-    limits = {"cases": f"{tag}: {len(cases)} of {len(offered)}"} if tag else {}
-    if died:
-        limits["died"] = f"{name} {died}; what is shown was seen before"
+    sys.stderr.write(f"{name}: {counts} {ended} ({judged_cases} cases, {took})\n")
+    limits = {
+        variable: value
+        for variable, value in os.environ.items()
+        if variable in peer_variables(peer)
+    }
+    if judged_cases < len(offered):
+        chosen = " ".join([*([asked.tag] if asked.tag else []), *asked.case]) or "all"
+        limits["cases"] = f"{chosen}: {judged_cases} of {len(offered)}"
+    if ended:
+        limits["ended"] = f"{ended}; what is shown was seen before"
     return [
         replace(each, environment={**each.environment, **versions(peer), **limits})
         for each in records(judged)
     ]
+
+
+def peer_variables(peer: Peer | None) -> tuple[str, ...]:
+    """Variables of the environment that a peer's choice of a kernel follows."""
+    cueq = peer is not None and peer.name.startswith("cueq-")
+    return ("CUEQ_TRIATTN_FALLBACK_THRESHOLD",) if cueq else ()
 
 
 def judge_case(name: str, case: str, device: str) -> list[Outcome]:
