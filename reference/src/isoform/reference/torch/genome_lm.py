@@ -36,7 +36,15 @@ from isoform.reference.torch.attention import attention
 from isoform.reference.torch.genome_tokens import codons, nucleotides
 from isoform.reference.torch.rotary import rotary_embedding
 
-__all__ = ["CONFIGURATIONS", "Block", "Configuration", "GenomeLM", "codons", "nucleotides"]
+__all__ = [
+    "CONFIGURATIONS",
+    "Block",
+    "Configuration",
+    "GenomeLM",
+    "codons",
+    "initialize",
+    "nucleotides",
+]
 
 IGNORE = -100
 """The label of a token that has none."""
@@ -190,6 +198,17 @@ class Block(nn.Module):
         return cast(Tensor, after + self.mlp(self.norm2(seen)))
 
 
+def initialize(model: nn.Module) -> None:
+    """First values of all layers: normal with GenSLM's ``initializer_range``, biases 0, norms 1."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            nn.init.normal_(layer.weight, std=0.02)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
+
+
 class GenomeLM(nn.Module):
     """The model of lines 1 to 4.
 
@@ -216,11 +235,7 @@ class GenomeLM(nn.Module):
         self.blocks = nn.ModuleList(Block(c, attend, rotate) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.hidden, c.eps)
         self.head = nn.Linear(c.hidden, c.vocabulary, bias=False)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear | nn.Embedding):
-                nn.init.normal_(layer.weight, std=0.02)  # GenSLM's initializer_range
-            if isinstance(layer, nn.Linear) and layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        initialize(self)
         if c.tied:
             self.head.weight = self.embedding.weight
 
@@ -265,6 +280,7 @@ class GenomeLM(nn.Module):
             tokens, positions, segments: As in :meth:`forward`.
             labels: int64 ``[B, L]``: each token's next one.
         """
-        logits = self(tokens, positions, segments).flatten(0, 1).float()
+        logits = self(tokens, positions, segments).flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
         return total / (labels != IGNORE).sum().clamp(min=1)
