@@ -9,6 +9,7 @@ from isoform.kernels.attention import (
     attention_backward,
     attention_block,
     attention_block_backward,
+    attention_saved_backward,
     attention_vjp,
     explain_attention,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "attention_backward",
     "attention_block",
     "attention_block_backward",
+    "attention_saved_backward",
     "attention_vjp",
     "evoformer_attention",
     "evoformer_attention_backward",

@@ -137,7 +137,7 @@ def attention_vjp(
 
     def take_back(dout: Any) -> AttentionGradients:
         _check_like("dout", dout, dtype_name(q), q.shape, q)
-        return _gradients(asked, chosen, dout=_detached(dout), out=out, lse=lse)
+        return _gradients(asked, chosen, dout=dout, out=out, lse=lse)
 
     return out, take_back
 
@@ -178,7 +178,57 @@ def attention_backward(
     _check_like("dout", dout, dtype_name(q), q.shape, q)
     chosen = select(asked.call, asked.wish(deterministic=deterministic), kernel)
     out, lse = _explicit(asked, chosen)
-    return _gradients(asked, chosen, dout=_detached(dout), out=out, lse=lse)
+    return _gradients(asked, chosen, dout=dout, out=out, lse=lse)
+
+
+def attention_saved_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    causal: bool = False,
+    positions: Any = None,
+    key_positions: Any = None,
+    segments: Any = None,
+    key_segments: Any = None,
+    window: Window = None,
+    scale: float | None = None,
+    deterministic: bool = False,
+    kernel: str | None = None,
+) -> AttentionGradients:
+    """The gradients of :func:`attention` whose output and lse are at hand.
+
+    They may be the output and lse over more keys than these, as of a part in
+    :mod:`isoform.parallel.in_parts`: then ``dq`` is what these keys give to it, and what all keys
+    give is summed. As :func:`attention_block_backward`, but in q's dtype, as libraries have it.
+
+    Args:
+        dout: Gradient of the loss by ``out``, ``[B, Q, H, D]``, in q's dtype.
+        q: Queries ``[B, Q, H, D]``.
+        k: Keys ``[B, K, G, D]``.
+        v: Values ``[B, K, G, D]``.
+        out: Of the forward, ``[B, Q, H, D]``, in q's dtype.
+        lse: Of the forward, float32 ``[B, H, Q]``.
+        causal, positions, key_positions, segments, key_segments, window: As in :func:`attention`.
+        scale, deterministic, kernel: As in :func:`attention`.
+
+    Returns:
+        ``dq, dk, dv``, each in the shape and dtype of its operand.
+
+    Raises:
+        TypeError: As :func:`attention_backward`, or out is not in q's dtype or lse not float32.
+        ValueError: As :func:`attention_backward`, or lse is not ``[B, H, Q]``.
+        Unsupported: As :func:`attention`.
+    """
+    asked = _ask(q, k, v, causal, positions, key_positions, segments, key_segments, window, scale)
+    for name, x in (("dout", dout), ("out", out)):
+        _check_like(name, x, dtype_name(q), q.shape, q)
+    _check_like("lse", lse, "float32", asked.call.shape.of("lse"), q)
+    chosen = select(asked.call, asked.wish(deterministic=deterministic), kernel)
+    return _gradients(asked, chosen, dout=dout, out=out, lse=lse)
 
 
 def attention_block(
@@ -277,9 +327,7 @@ def attention_block_backward(
     for name, x in (("lse", lse), ("delta", delta)):
         _check_like(name, x, "float32", asked.call.shape.of("lse"), q)
     chosen = select(asked.call, asked.wish(), kernel)
-    arrays = {**asked.operands, "dout": dout, "lse": lse, "delta": delta}
-    arrays = {name: _detached(x) for name, x in arrays.items()}
-    return AttentionGradients(*_door(q).backward(chosen, arrays, asked.options, asked.scale))
+    return _gradients(asked, chosen, dout=dout, lse=lse, delta=delta)
 
 
 def explain_attention(
@@ -393,10 +441,9 @@ def _explicit(asked: _Asked, kernel: Kernel) -> tuple[Any, Any]:
 
 def _gradients(asked: _Asked, kernel: Kernel, **more: Any) -> AttentionGradients:
     """The gradients, by ``dout``, ``lse`` and either ``out`` or ``delta``."""
+    arrays = {name: _detached(x) for name, x in (asked.operands | more).items()}
     door = _door(asked.operands["q"])
-    return AttentionGradients(
-        *door.backward(kernel, {**asked.operands, **more}, asked.options, asked.scale)
-    )
+    return AttentionGradients(*door.backward(kernel, arrays, asked.options, asked.scale))
 
 
 def _detached(x: Any) -> Any:

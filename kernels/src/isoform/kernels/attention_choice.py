@@ -123,7 +123,14 @@ class Order:
 
 
 ORDERS = (
-    # Not measured yet: what is ours, proven case by case and deterministic, comes first.
+    # cuDNN's kernels for Hopper use what only it has (wgmma, TMA).
+    Order(
+        ("cuda-cudnn", "cuda-tensor", "cuda-flash", "cuda-plain"),
+        architectures=frozenset({"sm_90"}),
+        head_dims=(64, 128),
+        least=1024,
+    ),
+    # Elsewhere what is ours, proven case by case and deterministic, comes first.
     Order(("cuda-tensor", "cuda-cudnn", "cuda-flash", "cuda-plain")),
 )
 """The first that fits a call is its order. Each line is a measurement's, which a comment names."""

@@ -48,7 +48,8 @@ def backward(dout: Any, saved: Saved, comm: Communicator, mask: Mask) -> Gradien
     q, k, v, out, lse = saved
     keys, values = gathered(k, comm, mask), gathered(v, comm, mask)
     delta = local.delta_of(dout, out)
-    part = local.differentiate(dout, q, keys, values, lse, delta, mask.to_all(comm.rank, q))
+    options = mask.to_all(comm.rank, q)
+    part = local.differentiate(dout, q, keys, values, lse, delta, options, out)
     dk, dv = (
         comm.reduce_scatter([mask.sharding.shard(dx, rank) for rank in range(comm.size)])
         for dx in (part.dk, part.dv)

@@ -221,7 +221,12 @@ class _Asked:
         """Who attends to whom. Collective: masks are computed from all ranks' places."""
         places = {name: self._of_all_ranks(name) for name in PLACES}
         return Mask(
-            self.sharding, **places, causal=self.causal, window=self.window, scale=self.scale
+            self.sharding,
+            **places,
+            causal=self.causal,
+            window=self.window,
+            scale=self.scale,
+            deterministic=self.deterministic,
         )
 
     def _of_all_ranks(self, name: str) -> tuple[Array, ...] | None:

@@ -4,6 +4,10 @@ The strategies are written once for NumPy arrays and PyTorch tensors. Here is wh
 the library whose arrays it came with: the tiled forms of the reference, in float32 (float64 for
 float64), or on a GPU :func:`isoform.kernels.attention.attention_block`. The memory of each grows
 with the lengths and not with their product.
+
+What positions alone decide goes on a GPU in parts that the fastest kernels can do
+(:mod:`isoform.parallel.in_parts`); what these give is rounded to the operands' 16 bits, and merged
+and summed in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from isoform.parallel.arrays import Array, as_like, is_tensor
+from isoform.parallel import in_parts
+from isoform.parallel.arrays import Array, as_like, is_tensor, widened
+from isoform.parallel.in_parts import cut
 from isoform.parallel.sharding import Sharding
 from isoform.reference.numpy.attention import attention_delta
 from isoform.reference.numpy.attention import merge as merge_arrays
@@ -57,6 +63,7 @@ class Mask:
         causal: No query attends to a later position.
         window: How far a query looks, as in :func:`isoform.reference.numpy.attention.attention`.
         scale: Factor of the logits, or None for ``D**-0.5``.
+        deterministic: Equal calls must give equal bits.
     """
 
     sharding: Sharding
@@ -65,9 +72,14 @@ class Mask:
     causal: bool = False
     window: int | tuple[int, int] | None = None
     scale: float | None = None
+    deterministic: bool = False
 
     def to_all(self, rank: int, like: Any) -> dict[str, Any]:
         """The options of attention from one rank's shard to the whole, in its own order."""
+        if self._in_parts(like):
+            own, whole = self.sharding.positions(rank), np.arange(self.sharding.length)
+            if (parts := cut(own, whole, causal=self.causal)) is not None:
+                return {"parts": parts, "scale": self.scale}
         options = self.between([rank], range(self.sharding.ranks), like)
         return self._ordered(options, ("key_positions", "key_segments"), like)
 
@@ -86,6 +98,10 @@ class Mask:
             keys: Ranks whose keys they attend to, likewise.
             like: An array of the library and device that the options are for.
         """
+        if self._in_parts(like):
+            own, other = self._places(queries), self._places(keys)
+            if (parts := cut(own, other, causal=self.causal)) is not None:
+                return {"parts": parts, "scale": self.scale}
         options: dict[str, Any] = {
             "causal": self.causal,
             "window": self.window,
@@ -97,6 +113,12 @@ class Mask:
             options["segments"] = as_like(self._segments(queries), like)
             options["key_segments"] = as_like(self._segments(keys), like)
         return options
+
+    def _in_parts(self, like: Any) -> bool:
+        """Whether plain calls do it, by the fastest kernels, which are not deterministic."""
+        places = self.positions is None and self.segments is None
+        plain = places and self.window is None and not self.deterministic
+        return plain and _on_kernels(like) and like.dtype.itemsize == 2
 
     def length(self, ranks: Sequence[int]) -> int:
         """How many positions some ranks have together."""
@@ -123,11 +145,20 @@ def _together(places: Iterable[Array]) -> Array:
 
 
 def attend(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """``out`` and ``lse`` of one block of keys, at least float32."""
+    """``out`` and ``lse`` of one block of keys, at least float32 but where it is in one part."""
     if _on_kernels(q):
-        from isoform.kernels.attention import attention_block
+        from isoform.kernels.attention import attention, attention_block
 
-        return attention_block(q, k, v, **options)
+        if "parts" not in options:
+            return attention_block(q, k, v, **options)
+        parts, scale = options["parts"], options["scale"]
+
+        def of_part(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
+            found: tuple[Any, Any] = attention(q, k, v, causal=causal, scale=scale, return_lse=True)
+            return found
+
+        found: tuple[Any, Any] = in_parts.attend(q, k, v, parts, of_part, merge)
+        return found
     if is_tensor(q):
         from isoform.reference.torch.attention import attention_block_tiled as tiled
 
@@ -137,13 +168,33 @@ def attend(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def differentiate(
-    dout: Any, q: Any, k: Any, v: Any, lse: Any, delta: Any, options: dict[str, Any]
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    lse: Any,
+    delta: Any,
+    options: dict[str, Any],
+    out: Any = None,
 ) -> Gradients:
-    """What one block of keys gives to ``dq``, and its ``dk`` and ``dv``, at least float32."""
-    if _on_kernels(q):
-        from isoform.kernels.attention import attention_block_backward
+    """What one block of keys gives to ``dq``, and its ``dk`` and ``dv``, at least float32.
 
-        return Gradients(*attention_block_backward(dout, q, k, v, lse, delta, **options))
+    ``out`` is the whole's output, which parts need.
+    """
+    if _on_kernels(q):
+        from isoform.kernels.attention import attention_block_backward, attention_saved_backward
+
+        if "parts" not in options:
+            return Gradients(*attention_block_backward(dout, q, k, v, lse, delta, **options))
+        parts, scale = options["parts"], options["scale"]
+
+        def of_part(
+            dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool
+        ) -> tuple[Any, Any, Any]:
+            return attention_saved_backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
+
+        found = in_parts.differentiate(dout, q, k, v, out, lse, parts, of_part)
+        return Gradients(*map(widened, found))
     if is_tensor(q):
         from isoform.reference.torch.attention import attention_block_backward_tiled as tiled
 

@@ -76,7 +76,7 @@ def backward(dout: Any, saved: Saved, comm: Communicator, mask: Mask, groups: Gr
     coming: Transfer | None = None
     for owner, its_k, its_v in _visits(k, v, comm, mask, groups):
         options = mask.between(groups[comm.rank], groups[owner], q)
-        part = local.differentiate(dout, q, its_k, its_v, lse, delta, options)
+        part = local.differentiate(dout, q, its_k, its_v, lse, delta, options, out)
         dq = dq + part.dq
         if owner == comm.rank:
             own = (part.dk, part.dv)
