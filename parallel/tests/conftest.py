@@ -46,6 +46,12 @@ def axial_programs() -> ModuleType:
     return load("axial_programs")
 
 
+@pytest.fixture(scope="session")
+def training_programs() -> ModuleType:
+    """Those of the genome model."""
+    return load("training_programs")
+
+
 @pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> tuple[str, int]:
     """A transport and how many ranks."""
