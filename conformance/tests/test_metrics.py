@@ -146,6 +146,18 @@ def test_far_from_the_reference_without_overflow() -> None:
     assert 0 <= found.bias <= 1
 
 
+@pytest.mark.parametrize("size", [2.0**1023, 2.0**-1000, 5e-324])
+def test_norms_of_numbers_whose_squares_overflow_or_vanish(size: float) -> None:
+    """Where every other of 64 elements is ``size``, the norm itself may be beyond float64."""
+    reference = np.full(64, size)
+    reference[::2] = 0
+    actual = reference.copy()
+    actual[1] = 0
+    found = errors(actual, reference, np.zeros(64), "float64")
+    assert found.frobenius == pytest.approx(1 / 32**0.5)
+    assert found.bias == pytest.approx(1 / 64**0.5)
+
+
 def test_errors_are_plain_numbers() -> None:
     reference = np.random.default_rng(0).standard_normal((3, 4))
     found = errors(reference.astype(ml_dtypes.bfloat16), reference, np.ones((3, 4)), "bfloat16")

@@ -8,7 +8,11 @@ in :mod:`.budgets`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,13 +38,27 @@ Observed = dict[str, dict[str, dict[str, dict[str, Any]]]]
 """By dtype, result and figure: the largest value, and whose it was on which case."""
 
 
+Figures = list[tuple[str, str, str, float]]
+"""What a case showed: implementation, result, figure and value."""
+
+
 def calibrate(
-    operation: str, *, device: str = "cpu", progress: Callable[[Case], None] = lambda case: None
+    operation: str,
+    *,
+    device: str = "cpu",
+    jobs: int = 1,
+    progress: Callable[[Case], None] = lambda case: None,
 ) -> dict[str, Any]:
     """Run the trusted implementations on ``device`` over all cases of a CPU's size.
 
     What other devices showed is kept from the calibration in force: each machine renews its own
     part, and a limit follows from the largest figure that any device showed.
+
+    Args:
+        operation: Which one.
+        device: Where: what is recorded is that device's part.
+        jobs: Processes over which the cases are spread; what is recorded is the same.
+        progress: Told of every case whose turn has come.
 
     Returns:
         The new record.
@@ -50,24 +68,19 @@ def calibrate(
             trusted. Or the device is not there.
     """
     found: Observed = {}
-    trusted = [
-        one for one in TRUSTED if one.operation == operation and device in one.capabilities.devices
-    ]
+    trusted = _trusted(operation, device)
     if not all(device in framework(one.framework).devices() for one in trusted):
         raise RuntimeError(f"no device {device} here to calibrate on")
-    for case in OPERATIONS[operation].cases.values():
-        if case.large or not case.differentiate:  # operands that are not finite have no condition
-            continue
-        progress(case)
-        for implementation in trusted:
-            for result, figure, value in _observe(implementation, case, device):
-                seen = found.setdefault(case.dtype, {}).setdefault(result, {})
-                if value >= seen.get(figure, {"value": -1.0})["value"]:
-                    seen[figure] = {
-                        "value": value,
-                        "implementation": implementation.name,
-                        "case": case.id,
-                    }
+    cases = [  # operands that are not finite have no condition
+        case
+        for case in OPERATIONS[operation].cases.values()
+        if not case.large and case.differentiate
+    ]
+    for case, figures_of_it in zip(cases, _spread(cases, device, jobs, progress), strict=True):
+        for name, result, figure, value in figures_of_it:
+            seen = found.setdefault(case.dtype, {}).setdefault(result, {})
+            if value >= seen.get(figure, {"value": -1.0})["value"]:
+                seen[figure] = {"value": value, "implementation": name, "case": case.id}
     here = {"digest": digest(OPERATIONS[operation]), "environment": environment(trusted, device)}
     before = _in_force(operation)
     observed = {**before["observed"], device: found}
@@ -80,6 +93,51 @@ def calibrate(
         "limits": _limits(observed),
         "observed": observed,
     }
+
+
+def _trusted(operation: str, device: str) -> list[Implementation]:
+    """The trusted implementations of ``operation`` that run on ``device``."""
+    return [
+        one for one in TRUSTED if one.operation == operation and device in one.capabilities.devices
+    ]
+
+
+def _spread(
+    cases: Sequence[Case], device: str, jobs: int, progress: Callable[[Case], None]
+) -> Iterable[Figures]:
+    """What each case showed, in order: here, or by ``jobs`` processes of one thread each."""
+    if jobs == 1:
+        for case in cases:
+            progress(case)
+            yield _figures(case.operation, case.id, device)
+        return
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in threads}
+    os.environ.update(dict.fromkeys(threads, "1"))  # the cores are shared: read by what is spawned
+    ask = partial(_figures, device=device)
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(min(jobs, len(cases)), spawn) as pool:
+            names = [case.operation for case in cases], [case.id for case in cases]
+            for case, figures_of_it in zip(cases, pool.map(ask, *names), strict=True):
+                progress(case)
+                yield figures_of_it
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _figures(operation: str, case_id: str, device: str) -> Figures:
+    """What the trusted implementations show on one case; a process of its own can be asked."""
+    case = OPERATIONS[operation].cases[case_id]
+    return [
+        (one.name, *observed)
+        for one in _trusted(operation, device)
+        for observed in _observe(one, case, device)
+    ]
 
 
 def _in_force(operation: str) -> dict[str, Any]:

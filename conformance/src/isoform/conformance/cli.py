@@ -9,6 +9,7 @@ Exit codes: 0 all passed, 1 something is wrong, 2 the command line is, 3 nothing
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -1463,12 +1464,16 @@ def calibrate(
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where: cpu or cuda.")] = "cpu",
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="Processes. Without: one for every core."),
+    ] = None,
 ) -> None:
     """Measure how much error implementations known to be right make, and put it in force.
 
     For developers of isoform: whoever changes cases, condition, twin or metrics calibrates anew and
     commits the record, which is part of the package. What was seen on other devices is kept. Takes
-    a few minutes.
+    a few minutes on two cores, less on more.
     """
     from isoform.conformance.budgets import calibration_path
     from isoform.conformance.case import UnknownName
@@ -1489,7 +1494,12 @@ def calibrate(
         smaller = [case for case in OPERATIONS[operation].cases.values() if not case.large]
         try:
             with progress(len(smaller)) as step:
-                record = measure(operation, device=device, progress=lambda case: step(case.id))
+                record = measure(
+                    operation,
+                    device=device,
+                    jobs=jobs or os.cpu_count() or 1,
+                    progress=lambda case: step(case.id),
+                )
             save(record)
         except RuntimeError as fault:
             _fail(str(fault))

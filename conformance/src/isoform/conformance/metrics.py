@@ -86,25 +86,27 @@ def errors(actual: Array, reference: Array, budget: Array, dtype: str) -> Errors
         return Errors(0, worst=(), worst_value=0.0, worst_reference=0.0, histogram=empty, **zero)
 
     worst = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
-    norm = _norm(reference[comparable])
-    distance = _norm(difference[comparable])
-    rms = distance / count**0.5
+    norm, norm_exponent = _norm(reference[comparable])
+    distance, exponent = _norm(difference[comparable])
     direction = np.where(np.abs(reference) > budget, np.sign(reference), 0)  # else it is noise
-    outward = float(np.mean((difference * direction)[comparable]))
+    with np.errstate(under="ignore"):
+        scaled = np.ldexp(difference, -exponent)
+        outward = float(np.mean((scaled * direction)[comparable]))
+        relative = float(np.ldexp(distance / norm, exponent - norm_exponent)) if norm else math.nan
     ulp_p50, ulp_p99, ulp_max = _percentiles(units[comparable])
     ratio_p50, ratio_p99, ratio_max = _percentiles(ratio[comparable])
     return Errors(
         count=count,
         max_abs=float(size.max()),
         mean_abs=float(size[comparable].mean()),
-        frobenius=distance / norm if norm else float("nan"),
+        frobenius=relative,
         ulp_p50=ulp_p50,
         ulp_p99=ulp_p99,
         ulp_max=ulp_max,
         ratio_p50=ratio_p50,
         ratio_p99=ratio_p99,
         ratio_max=ratio_max,
-        bias=abs(outward) / rms if rms else 0.0,
+        bias=abs(outward) / distance * count**0.5 if distance else 0.0,
         worst=tuple(int(i) for i in worst),
         worst_value=float(wide[worst]),
         worst_reference=float(reference[worst]),
@@ -112,10 +114,13 @@ def errors(actual: Array, reference: Array, budget: Array, dtype: str) -> Errors
     )
 
 
-def _norm(x: Array) -> float:
-    """The Euclidean norm, where squares may overflow or underflow too."""
-    largest = float(np.abs(x).max())
-    return largest * float(np.linalg.norm(x / largest)) if largest else 0.0
+def _norm(x: Array) -> tuple[float, int]:
+    """The Euclidean norm as m·2ᵉ. Neither it nor a square on the way to it can overflow or vanish:
+    ``x`` is scaled by the power of two of its largest element, which is exact.
+    """
+    exponent = int(np.frexp(np.abs(x).max())[1])
+    with np.errstate(under="ignore"):  # of what is nothing beside the largest
+        return float(np.linalg.norm(np.ldexp(x, -exponent))), exponent
 
 
 def _percentiles(x: Array) -> tuple[float, float, float]:

@@ -50,6 +50,14 @@ HEAD_DIMS = (1, 2, 3, 5, 8, 16, 24, 32, 40, 48, 64, 80, 96, 127, 128)
 CROSS_LENGTHS = ((1, 64), (64, 1), (33, 127), (127, 33), (5, 300), (300, 5), (64, 65))
 GROUPS = ((4, 1), (4, 2), (6, 2), (8, 4))
 
+# Every length and head dim is asked for with all operands, and as kernels that have no gate and no
+# mask bias, or nothing at all, would have it: else they would be judged at none of them.
+OFFERED: dict[str, frozenset[str]] = {
+    "all-operands": ALL,
+    "mask+pair-bias": frozenset({"mask", "pair_bias"}),
+    "bare": frozenset(),
+}
+
 # What each adversarial recipe needs among the operands, and whether gradients are checked.
 ADVERSARIAL: dict[str, tuple[frozenset[str], bool]] = {
     "large-logits": (ALL, True),
@@ -127,17 +135,21 @@ def _lengths() -> Iterator[Case]:
     for length, dtype in product(LENGTHS, ("float32", "bfloat16")):
         tags = {"length", "edge", *(["quick"] if length in (1, 17, 65) else [])}
         shape = Shape(1, 2, length, length, 2, 2, 16)
-        yield _case(f"length-{length}", shape, dtype, ALL, "all-operands", tags)
+        for variant, operands in OFFERED.items():
+            yield _case(f"length-{length}", shape, dtype, operands, variant, tags)
     for Q, K in CROSS_LENGTHS:
-        for dtype in ("float32", "bfloat16"):
+        for dtype, (variant, operands) in product(("float32", "bfloat16"), OFFERED.items()):
             shape = Shape(1, 2, Q, K, 2, 2, 16)
-            yield _case(f"lengths-{Q}-{K}", shape, dtype, ALL, "all-operands", {"length", "cross"})
+            yield _case(f"lengths-{Q}-{K}", shape, dtype, operands, variant, {"length", "cross"})
 
 
 def _head_dims() -> Iterator[Case]:
     for D, dtype in product(HEAD_DIMS, ("float32", "bfloat16", "float16")):
         tags = {"head-dim", *(["quick"] if D in (8, 24, 128) else [])}
-        yield _case(f"head-dim-{D}", Shape(1, 2, 65, 70, 2, 2, D), dtype, ALL, "all-operands", tags)
+        for variant, operands in OFFERED.items():
+            yield _case(
+                f"head-dim-{D}", Shape(1, 2, 65, 70, 2, 2, D), dtype, operands, variant, tags
+            )
 
 
 def _heads() -> Iterator[Case]:
