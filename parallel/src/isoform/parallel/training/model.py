@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
 
@@ -160,15 +161,14 @@ class TrainingLM(nn.Module):
         """What the last block of this stage gives, ``[B, L_r, hidden]``; as :meth:`forward`."""
         place = self._place = self._located(tokens, sharding, positions, segments)
         x = tokens if self.embedding is None else self._embedded(tokens, place)
-        if self.switches.checkpointing != "offloaded" or not torch.is_grad_enabled():
-            return self._through(x, place)
-        with self.offload.hooks():
-            return self._through(x, place)
-
-    def _through(self, x: Tensor, place: Place) -> Tensor:
-        for block in self.blocks.values():
-            x = block(x, place.positions, place.segments)
-        return x
+        *blocks, last = self.blocks.values()
+        offloaded = self.switches.checkpointing == "offloaded" and torch.is_grad_enabled()
+        with self.offload.hooks() if offloaded else nullcontext():
+            for block in blocks:
+                x = block(x, place.positions, place.segments)
+        # the last block's input is wanted as soon as its output is there
+        with self.offload.hooks() if offloaded and self.head is None else nullcontext():
+            return cast(Tensor, last(x, place.positions, place.segments))
 
     def labels(
         self, tokens: Tensor, sharding: Sharding | None = None, segments: Tensor | None = None

@@ -6,6 +6,9 @@ it is differentiated there is one piece at a time. A piece is a tile of tokens (
 beyond it) or a group of heads (whose outputs add up). Each is computed again once: no piece is part
 of a larger one that is recomputed too.
 
+A piece mostly ends in a linear layer, whose value the backward does not want: :class:`Piece` may
+say how to come to the gradient without (:func:`pull`), which saves a product and its memory.
+
 Gradients of parameters add up over pieces in at least float32, and are rounded once.
 
 Source: Chen et al., arXiv 1604.06174; the tiles are those of Rabe and Staats, arXiv 2112.05682, and
@@ -24,10 +27,18 @@ EVERY = slice(None)
 
 
 class Piece(NamedTuple):
-    """A function of some tokens, ``x[:, rows]``, in whose shape it gives its part of the sum."""
+    """A function of some tokens, ``x[:, rows]``, in whose shape it gives its part of the sum.
+
+    Attributes:
+        rows: Which tokens.
+        function: Of x.
+        pulled: Of x and dy: a number whose gradient is that of ``(function(x) * dy).sum()``, by
+            :func:`pull`. None where there is no short way.
+    """
 
     rows: slice
     function: Callable[[Tensor], Tensor]
+    pulled: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def tiles(length: int, tile: int) -> list[slice]:
@@ -53,7 +64,7 @@ def add(base: Tensor, x: Tensor, pieces: Sequence[Piece], modules: Sequence[nn.M
 
 def _summed(base: Tensor, x: Tensor, pieces: Sequence[Piece]) -> Tensor:
     y = base.clone()
-    for rows, function in pieces:
+    for rows, function, _ in pieces:
         y[:, rows] += function(x[:, rows])
     return y
 
@@ -83,12 +94,13 @@ class _Recomputed(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         sums = _Sums(_parameters(ctx.modules), len(ctx.pieces))
         dx = None if len(ctx.pieces) == 1 else torch.zeros_like(x)
-        for rows, function in ctx.pieces:
-            part = x[:, rows].detach().requires_grad_()
+        for rows, function, pulled in ctx.pieces:
+            part, dpart = x[:, rows].detach().requires_grad_(), dy[:, rows]
             with torch.enable_grad():
-                out = function(part)
+                out = function(part) if pulled is None else pulled(part, dpart)
+            given = dpart if pulled is None else None
             own, *found = torch.autograd.grad(
-                out, [part, *sums.parameters], dy[:, rows], allow_unused=True
+                out, [part, *sums.parameters], given, allow_unused=True
             )
             del out, part
             sums.add(found)
@@ -98,6 +110,29 @@ class _Recomputed(torch.autograd.Function):
                 dx[:, rows] += own
             del own, found
         return dy, dx, None, None, *sums.rounded()
+
+
+def pull(z: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A number whose gradient is that of ``(linear(z, weight, bias) * dy).sum()``.
+
+    Its value is 0: neither the product nor the number is computed.
+    """
+    return cast(Tensor, _Pulled.apply(z, dy, weight, bias))  # type: ignore[no-untyped-call]
+
+
+class _Pulled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, dy, weight)
+        return z.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, one: Tensor) -> tuple[Tensor | None, ...]:
+        z, dy, weight = ctx.saved_tensors
+        flat = dy.flatten(0, -2)
+        dbias = flat.sum(0) if ctx.needs_input_grad[3] else None
+        return dy @ weight, None, flat.T @ z.flatten(0, -2), dbias
 
 
 class _Sums:
