@@ -298,10 +298,19 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def docs(session: nox.Session) -> None:
-    """The documentation as HTML; a warning is an error."""
-    install(session, "torch", "conformance", groups="docs")
-    options = ("--fail-on-warning", "--keep-going", *session.posargs)
-    session.run("sphinx-build", *options, "docs", "docs/_build/html")
+    """The documentation as HTML, lessons run; a warning is an error.
+
+    Then every link inside must lead somewhere, every block of code on every page is run, and
+    Chromium, where there is one, looks at all pages in a wide and a narrow window and leaves
+    pictures of the top ones in docs/_build/pictures. Its absence is said; with
+    ISOFORM_REQUIRE_BROWSER it is a fault.
+    """
+    install(session, "torch", "conformance", "demo", "mpi", groups="docs test")
+    session.env["OMP_NUM_THREADS"] = "1"
+    html = "docs/_build/html"
+    session.run("sphinx-build", "--fail-on-warning", "--keep-going", *session.posargs, "docs", html)
+    session.run("pytest", "docs/tests", "-m", "not nvrtc")
+    session.run("python", "docs/tools/check_site.py", html, "--pictures=docs/_build/pictures")
 
 
 @nox.session(default=False)
