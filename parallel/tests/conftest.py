@@ -52,6 +52,11 @@ def training_programs() -> ModuleType:
     return load("training_programs")
 
 
+def loop_programs() -> ModuleType:
+    """Those of the training loop."""
+    return load("loop_programs")
+
+
 @pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> tuple[str, int]:
     """A transport and how many ranks."""

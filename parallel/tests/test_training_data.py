@@ -132,9 +132,7 @@ def test_shards_are_those_of_the_whole(kind, ranks):
     for name in ("tokens", "labels", "segments"):
         found = sharding.unshard([getattr(shard, name) for shard in shards])
         assert torch.equal(found, getattr(whole, name)), name
-    assert torch.equal(
-        sharding.unshard([shard.positions for shard in shards], axis=0), torch.arange(11)
-    )
+    assert torch.equal()
 
 
 def test_one_window_over_a_border_is_enough_to_have_segments():

@@ -69,6 +69,11 @@ class TorchCommunicator(Communicator):
         self._order = list(range(size) if order is None else order)
         super().__init__(self._order.index(rank), size, traffic)
 
+    @property
+    def group(self) -> Any:
+        """The process group, whose order of ranks may be another than this one's."""
+        return self._group
+
     def _post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Callable[[], None]:
         import torch
         from torch.utils.dlpack import from_dlpack

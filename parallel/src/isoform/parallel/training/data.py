@@ -258,13 +258,11 @@ class Batch(NamedTuple):
         tokens: ``int64 [B, L_r]``.
         labels: ``int64 [B, L_r]``: the next token, wherever it lies; −100 where that is of another
             segment or a special token, which is nothing to learn.
-        positions: ``int64 [L_r]``: places in the window.
         segments: ``int64 [B, L_r]``, or None where no window of the step has more than one.
     """
 
     tokens: Tensor
     labels: Tensor
-    positions: Tensor
     segments: Tensor | None
 
 
@@ -303,7 +301,6 @@ def batch(windows: Sequence[Window], sharding: Sharding, rank: int, *, once: boo
     return Batch(
         torch.from_numpy(np.stack(tokens)),
         torch.from_numpy(np.stack(labels)),
-        torch.from_numpy(positions),
         torch.from_numpy(np.stack(segments)) if several else None,
     )
 

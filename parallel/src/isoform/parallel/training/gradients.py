@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,23 @@ def sum_gradients(model: TrainingLM, comm: Communicator) -> None:
         model: The rank's model, after its backward.
         comm: The ranks that share a sequence.
     """
-    if comm.size == 1:
-        return
-    bucket: list[Tensor] = []
     for parameter in model.replicated():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        gradient = parameter.grad
+    sum_tensors((p.grad for p in model.replicated() if p.grad is not None), comm)
+
+
+def sum_tensors(gradients: Iterable[Tensor], comm: Communicator) -> None:
+    """Replace tensors by their sums over ranks, bit for bit the same on all. Collective.
+
+    Args:
+        gradients: Of the same shapes and dtypes on all ranks, in the same order.
+        comm: The ranks.
+    """
+    if comm.size == 1:
+        return
+    bucket: list[Tensor] = []
+    for gradient in gradients:
         held = sum(one.numel() for one in bucket)
         if bucket and (held + gradient.numel() > BUCKET or gradient.dtype != bucket[0].dtype):
             _sum(bucket, comm)
