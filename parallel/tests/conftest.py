@@ -52,6 +52,7 @@ def training_programs() -> ModuleType:
     return load("training_programs")
 
 
+@pytest.fixture(scope="session")
 def loop_programs() -> ModuleType:
     """Those of the training loop."""
     return load("loop_programs")
