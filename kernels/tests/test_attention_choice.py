@@ -1,5 +1,7 @@
 """Which kernel does a call of attention over a sequence, and what the others say."""
 
+from dataclasses import replace
+
 import pytest
 
 from isoform.kernels import attention_choice
@@ -58,6 +60,19 @@ def test_the_first_order_that_fits_is_taken(monkeypatch):
         assert order_of(other)[0].name == "cuda-tensor"
 
 
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_on_hopper_cudnn_comes_first_where_it_was_measured(D, libraries):
+    long = call(K=4096, Q=4096, D=D, G=2, operands={"causal"})
+    assert select(long, libraries).name == "cuda-cudnn"
+    assert select(call(K=1023, Q=1023, D=64), libraries).name == "cuda-tensor"
+    assert select(replace(long, architecture="sm_80"), libraries).name == (
+        "cuda-tensor" if D <= 128 else "cuda-flash"
+    )
+    for wish in ({"deterministic": True}, {"low_memory": True}, {"wide": True}):
+        ours = "cuda-tensor" if D <= 128 else "cuda-plain"
+        assert select(long, replace(libraries, **wish)).name == ours
+
+
 @pytest.mark.parametrize("operands", [frozenset(), {"causal"}, ALL])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_tensor_cores_do_16_bits_under_any_mask(dtype, operands):
@@ -85,7 +100,8 @@ def test_the_libraries_do_what_they_know(name, operands, libraries):
         ({"operands": {"segments"}}, "operand segments"),
         ({"operands": {"causal", "window"}}, "operand window"),
         ({"operands": {"causal", "positions"}}, "operand positions"),
-        ({"G": 2}, "grouped key/value heads"),
+        ({"D": 264}, "head dim D=264"),
+        ({"D": 256, "architecture": "sm_89"}, "head dim 256 on sm_89"),
         ({"D": 20}, "multiples of 8 only"),
         ({"dtype": "float32"}, "dtype float32"),
         ({"K": 0}, "at least 1"),
@@ -104,6 +120,7 @@ def test_what_libraries_do_not_know_they_decline(name, asked, reason, libraries)
         (Wish(torch=True, scale=-1.0), "scale -1"),
         (Wish(torch=True, scale=1.0, wide=True), "results in float32"),
         (Wish(torch=True, scale=1.0, deterministic=True), "deterministic=True"),
+        (Wish(torch=True, scale=1.0, low_memory=True), "low_memory=True"),
         (Wish(torch=False, scale=1.0), "no tensors of PyTorch's"),
     ],
 )

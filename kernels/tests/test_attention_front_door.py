@@ -56,7 +56,7 @@ def test_the_signature_is_the_references(name):
     """But for where it computes, which is a kernel's name here."""
     ours = inspect.signature(getattr(door, name)).parameters
     theirs = inspect.signature(getattr(oracle, name)).parameters
-    own = {"deterministic", "kernel"}
+    own = {"deterministic", "low_memory", "kernel"}
     assert [x for x in ours if x not in own] == [x for x in theirs if x != "compute_dtype"]
     assert all(ours[x].default == theirs[x].default for x in ours if x not in own)
 

@@ -52,6 +52,7 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    low_memory: bool = False,
     kernel: str | None = None,
 ) -> Any:
     """Attention over a sequence: causal or full, packed, windowed, in any order.
@@ -72,6 +73,8 @@ def attention(
         scale: Factor of the logits; ``D**-0.5`` by default.
         return_lse: Return the log-sum-exp of the logits too.
         deterministic: Use only kernels that give equal bits for equal calls, gradients included.
+        low_memory: Use only kernels that need no memory but for results, lse and δ; libraries' want
+            half as much again for the sum of ``dq``.
         kernel: The name of the kernel to use; by default the first that does not decline, as
             :func:`explain_attention` lists them.
 
@@ -93,7 +96,9 @@ def attention(
         *(q, k, v, causal, positions, key_positions, segments, key_segments, window, scale),
         lse=return_lse,
     )
-    chosen = select(asked.call, asked.wish(deterministic=deterministic), kernel)
+    chosen = select(
+        asked.call, asked.wish(deterministic=deterministic, low_memory=low_memory), kernel
+    )
     out, lse = _door(q).forward(
         chosen, asked.operands, asked.options, asked.scale, return_lse=return_lse
     )
@@ -113,6 +118,7 @@ def attention_vjp(
     window: Window = None,
     scale: float | None = None,
     deterministic: bool = False,
+    low_memory: bool = False,
     kernel: str | None = None,
 ) -> tuple[Any, Callable[[Any], AttentionGradients]]:
     """:func:`attention`, and the function that takes its gradient back (a vector-Jacobian product).
@@ -122,7 +128,7 @@ def attention_vjp(
     Args:
         q, k, v: As in :func:`attention`.
         causal, positions, key_positions, segments, key_segments, window: As in :func:`attention`.
-        scale, deterministic, kernel: As in :func:`attention`.
+        scale, deterministic, low_memory, kernel: As in :func:`attention`.
 
     Returns:
         ``out``, and a function of ``dout`` (the gradient of the loss by ``out``, in its shape and
@@ -132,7 +138,9 @@ def attention_vjp(
         As :func:`attention`; the function: TypeError or ValueError where dout does not fit out.
     """
     asked = _ask(q, k, v, causal, positions, key_positions, segments, key_segments, window, scale)
-    chosen = select(asked.call, asked.wish(deterministic=deterministic), kernel)
+    chosen = select(
+        asked.call, asked.wish(deterministic=deterministic, low_memory=low_memory), kernel
+    )
     out, lse = _explicit(asked, chosen)
 
     def take_back(dout: Any) -> AttentionGradients:
@@ -156,6 +164,7 @@ def attention_backward(
     window: Window = None,
     scale: float | None = None,
     deterministic: bool = False,
+    low_memory: bool = False,
     kernel: str | None = None,
 ) -> AttentionGradients:
     """The gradients of :func:`attention`, given that of its output; it runs the forward, too.
@@ -164,7 +173,7 @@ def attention_backward(
         dout: Gradient of the loss by ``out``, ``[B, Q, H, D]``.
         q, k, v: As in :func:`attention`.
         causal, positions, key_positions, segments, key_segments, window: As in :func:`attention`.
-        scale, deterministic, kernel: As in :func:`attention`.
+        scale, deterministic, low_memory, kernel: As in :func:`attention`.
 
     Returns:
         ``dq, dk, dv``, each in the shape and dtype of its operand.
@@ -176,7 +185,9 @@ def attention_backward(
     """
     asked = _ask(q, k, v, causal, positions, key_positions, segments, key_segments, window, scale)
     _check_like("dout", dout, dtype_name(q), q.shape, q)
-    chosen = select(asked.call, asked.wish(deterministic=deterministic), kernel)
+    chosen = select(
+        asked.call, asked.wish(deterministic=deterministic, low_memory=low_memory), kernel
+    )
     out, lse = _explicit(asked, chosen)
     return _gradients(asked, chosen, dout=dout, out=out, lse=lse)
 
@@ -197,6 +208,7 @@ def attention_saved_backward(
     window: Window = None,
     scale: float | None = None,
     deterministic: bool = False,
+    low_memory: bool = False,
     kernel: str | None = None,
 ) -> AttentionGradients:
     """The gradients of :func:`attention` whose output and lse are at hand.
@@ -213,7 +225,7 @@ def attention_saved_backward(
         out: Of the forward, ``[B, Q, H, D]``, in q's dtype.
         lse: Of the forward, float32 ``[B, H, Q]``.
         causal, positions, key_positions, segments, key_segments, window: As in :func:`attention`.
-        scale, deterministic, kernel: As in :func:`attention`.
+        scale, deterministic, low_memory, kernel: As in :func:`attention`.
 
     Returns:
         ``dq, dk, dv``, each in the shape and dtype of its operand.
@@ -227,7 +239,9 @@ def attention_saved_backward(
     for name, x in (("dout", dout), ("out", out)):
         _check_like(name, x, dtype_name(q), q.shape, q)
     _check_like("lse", lse, "float32", asked.call.shape.of("lse"), q)
-    chosen = select(asked.call, asked.wish(deterministic=deterministic), kernel)
+    chosen = select(
+        asked.call, asked.wish(deterministic=deterministic, low_memory=low_memory), kernel
+    )
     return _gradients(asked, chosen, dout=dout, out=out, lse=lse)
 
 
@@ -344,13 +358,14 @@ def explain_attention(
     scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    low_memory: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Which kernel :func:`attention` would run for this call, and why others decline.
 
     Args:
         q, k, v: As in :func:`attention`.
         causal, positions, key_positions, segments, key_segments, window: As in :func:`attention`.
-        scale, return_lse, deterministic: As in :func:`attention`.
+        scale, return_lse, deterministic, low_memory: As in :func:`attention`.
 
     Returns:
         By the name of each kernel, in the order in which they are asked for this call, every reason
@@ -363,7 +378,7 @@ def explain_attention(
         *(q, k, v, causal, positions, key_positions, segments, key_segments, window, scale),
         lse=return_lse,
     )
-    wish = asked.wish(deterministic=deterministic)
+    wish = asked.wish(deterministic=deterministic, low_memory=low_memory)
     return {one.name: reasons(one, asked.call, wish) for one in order_of(asked.call)}
 
 
@@ -382,9 +397,10 @@ class _Asked(NamedTuple):
     options: Options
     scale: float
 
-    def wish(self, *, deterministic: bool = False) -> Wish:
-        """What is asked for that is no part of the call."""
-        return Wish(is_torch(self.operands["q"]), self.scale, self.options.wide, deterministic)
+    def wish(self, *, deterministic: bool = False, low_memory: bool = False) -> Wish:
+        """What a kernel must fit besides."""
+        of_torch, wide = is_torch(self.operands["q"]), self.options.wide
+        return Wish(of_torch, self.scale, wide, deterministic, low_memory)
 
 
 def _ask(

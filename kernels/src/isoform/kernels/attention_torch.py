@@ -85,10 +85,10 @@ def _attention(
     keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse``; an empty tensor where it is not to be kept."""
-    out, lse = _empty_results(q, wide, keep_lse)
     if BY_NAME[kernel].library:
-        out, found = attention_library.forward(kernel, q, k, v, causal=right == 0, scale=scale)
-        return out, found if keep_lse else lse
+        out, lse = attention_library.forward(kernel, q, k, v, causal=right == 0, scale=scale)
+        return out, lse if keep_lse else lse.new_empty(0)
+    out, lse = _empty_results(q, wide, keep_lse)
     options = Options(left, right, wide)
     tensors = {
         **_present(q, k, v, positions, key_positions, segments, key_segments),
@@ -119,7 +119,6 @@ def _attention_backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """The gradients ``wanted``; an empty tensor for each that is not."""
-    gradients = _empty_gradients(q, k, v, wide, wanted)
     if BY_NAME[kernel].library:
         assert out is not None
         found = attention_library.backward(
@@ -127,9 +126,10 @@ def _attention_backward(
         )
         # as is said of them beforehand: contiguous
         return [
-            x.contiguous() if needed else empty
-            for x, empty, needed in zip(found, gradients, wanted, strict=True)
+            x.contiguous() if needed else x.new_empty(0)
+            for x, needed in zip(found, wanted, strict=True)
         ]
+    gradients = _empty_gradients(q, k, v, wide, wanted)
     asked = {
         name: x for name, x, needed in zip(DIFFERENTIABLE, gradients, wanted, strict=True) if needed
     }

@@ -16,7 +16,7 @@ from isoform.kernels import (
     rotary_launch,
     tensor,
 )
-from isoform.kernels.attention_choice import LIBRARY_CAPABILITIES
+from isoform.kernels.attention_choice import CUDNN_CAPABILITIES, FLASH_CAPABILITIES
 
 CAPABILITIES = replace(plain.CAPABILITIES, arithmetic=tensor.CAPABILITIES.arithmetic)
 """Of whichever kernel is chosen: the plain one does what the tensor-core one does not, and the
@@ -62,6 +62,9 @@ CUDA_PLAIN = Implementation(
 )
 
 CUDA_FLASH, CUDA_CUDNN = (
-    Implementation(name, "torch", LIBRARY_CAPABILITIES, partial(attention, kernel=name))
-    for name in ("cuda-flash", "cuda-cudnn")
+    Implementation(name, "torch", capabilities, partial(attention, kernel=name))
+    for name, capabilities in (
+        ("cuda-flash", FLASH_CAPABILITIES),
+        ("cuda-cudnn", CUDNN_CAPABILITIES),
+    )
 )

@@ -249,26 +249,33 @@ def in_turns(point: Point, ranks: int, strategy: Strategy, rounds: int, warm: in
         for length in sharding.lengths
     ]
     options: dict[str, Any] = {"sharding": sharding, "strategy": strategy, "causal": True}
-    found = []
-    for _ in range(warm + rounds):
-        times = []
-        for backward_too in (False, True):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            simulate(_in_thread, ranks, shards, options, backward_too)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        found.append(Seconds(times[0], times[1] - times[0]))
+    found = simulate(_in_thread, ranks, shards, options, warm + rounds)[0]
     return Seconds(*map(statistics.median, zip(*found[warm:], strict=True)))
 
 
 def _in_thread(
-    comm: Communicator, shards: list[list[Any]], options: dict[str, Any], backward_too: bool
-) -> None:
+    comm: Communicator, shards: list[list[Any]], options: dict[str, Any], rounds: int
+) -> list[Seconds]:
+    """Seconds of each round. The threads stay for all of them, as do the plans that cuDNN keeps for
+    each.
+    """
+    import torch
+
+    def moment() -> float:
+        comm.barrier()
+        torch.cuda.synchronize()
+        comm.barrier()
+        return time.perf_counter()
+
     *rows, dout = shards[comm.rank]
-    _, backward = attention_vjp(*rows, comm=comm, **options)
-    if backward_too:
+    found = []
+    for _ in range(rounds):
+        start = moment()
+        _, backward = attention_vjp(*rows, comm=comm, **options)
+        middle = moment()
         backward(dout)
+        found.append(Seconds(middle - start, moment() - middle))
+    return found
 
 
 def bandwidth(comm: Communicator, size: int = 1 << 28) -> float:
@@ -521,4 +528,8 @@ def _missing(ranks: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from isoform.parallel.benchmark.scaling import (
+        main as started,  # of the module that ranks import
+    )
+
+    sys.exit(started())
