@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -275,6 +276,47 @@ def test_the_command_of_a_failure_shows_it_again(here: Path) -> None:
     again = run(*command[1].split())
     assert again.exit_code == 1
     assert "out/condition" in again.stdout
+
+
+def test_lists_of_what_to_skip_and_of_what_is_known_to_fail(here: Path) -> None:
+    cases = ("evoformer/length-[123]/fp32/all-*", "evoformer/length-1/fp32/bare")
+    args = ("check", "zeros:attention", *(x for case in cases for x in ("--case", case)))
+    (here / "skip.txt").write_text("evoformer/length-[23]/* # later\n")
+    (here / "xfail.txt").write_text("*/length-1/fp32/* out/condition # all zeros\n")
+    lists = ("--skip", "skip.txt", "--xfail", "xfail.txt")
+    result = run(*args, *lists, "--json", "r.json", "--junit", "r.xml", "--html", "r.html")
+    assert result.exit_code == 0, result.output
+    record = Run.from_json((here / "r.json").read_text())
+    skipped = [outcome for outcome in record.outcomes if "later" in outcome.message]
+    assert [outcome.case.split("/")[1] for outcome in skipped] == ["length-2", "length-3"]
+    assert {outcome.excused for outcome in record.outcomes if outcome.verdict.fails} == {
+        "all zeros"
+    }
+    assert "expected failure: all zeros" in (here / "r.xml").read_text()
+    assert "all zeros" in (here / "r.html").read_text()
+
+    assert run(*args).exit_code == 1  # without the lists
+    (here / "xfail.txt").write_text("*/length-1/fp32/* # all zeros\n*/fp32/bare unmodified # no\n")
+    stale = run(*args, *lists)
+    assert stale.exit_code == 1
+    assert "xfail.txt:2: */fp32/bare unmodified: does not fail any more" in stale.stderr
+    assert "xfail.txt:1" not in stale.stderr
+
+    (here / "skip.txt").write_text("evoformer/lenght-2/* # misspelt\n")
+    misspelt = run(*args, *lists)
+    assert misspelt.exit_code == 2
+    assert "skip.txt:1" in misspelt.stderr
+    assert run(*args, "--xfail", "none.txt").exit_code == 2
+
+
+def test_what_comes_with_isoform_as_known_to_fail_must_fail(
+    here: Path, known_faults: Callable[..., None]
+) -> None:
+    known_faults({"implementation": "numpy", "case": CASE, "check": "out/*", "reason": "once"})
+    assert run("check", "numpy", "--case", CASE).exit_code == 1
+    elsewhere = {"implementation": "numpy", "case": CASE, "check": "out/*", "device": "cuda"}
+    known_faults(elsewhere | {"reason": "there alone"})
+    assert run("check", "numpy", "--case", CASE).exit_code == 0
 
 
 def test_the_smallest_case_comes_first_and_the_rest_is_counted(here: Path) -> None:

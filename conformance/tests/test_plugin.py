@@ -162,7 +162,14 @@ def test_tests_run_case_by_case(own_pytest: Pytest) -> None:
     """So that the oracle is asked once for all checks of a case and all implementations."""
     code, printed = own_pytest(
         *SUITE,
-        *("--impl", "numpy", "--impl", "numpy-tiled", "--case", "evoformer/length-[123]/fp32/*"),
+        *(
+            "--impl",
+            "numpy",
+            "--impl",
+            "numpy-tiled",
+            "--case",
+            "evoformer/length-[123]/fp32/all-*",
+        ),
         *("--collect-only", "-q"),
     )
     assert code == 0
@@ -177,7 +184,7 @@ def test_parallel_workers_and_a_junit_record(own_pytest: Pytest) -> None:
     code, printed = own_pytest(
         *SUITE,
         *("-n", "2", "--junitxml", "record.xml", "--impl", "mine:Zeros", "-m", "conformance"),
-        *("--case", "evoformer/length-[123]/fp32/*", "-k", "not memory and not invalid"),
+        *("--case", "evoformer/length-[123]/fp32/all-*", "-k", "not memory and not invalid"),
     )
     assert code == 1
     assert "3 failed" in printed
@@ -295,3 +302,29 @@ def test_known_faults_that_are_gone_settle_to_a_failure(
     gone = make_outcome(Verdict.PASS, parts={"condition": True})
     with pytest.raises(pytest.fail.Exception, match="out passes, but is expected to fail: a lost"):
         settle([gone])
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_lists_are_heeded_and_kept_true(own_pytest: Pytest, workers: str) -> None:
+    own_pytest.write("mine.py", ZEROS)
+    args = (*SUITE, "--impl", "mine:Zeros", "-m", "conformance", "-n", workers)
+    args += ("--case", "evoformer/length-[123]/fp32/all-*", "-k", "not memory and not invalid")
+    own_pytest.write("skip.txt", "*/length-3/* # later\n")
+    own_pytest.write("xfail.txt", "*/length-[12]/* out # all zeros\n")
+    lists = ("--skip", "skip.txt", "--xfail", "xfail.txt")
+    code, printed = own_pytest(*args, *lists)
+    assert "2 xfailed" in printed
+    assert "1 skipped" in printed
+    assert code == 0
+
+    own_pytest.write("xfail.txt", "*/length-[12]/* out # zeros\n*/length-2/* unmodified # no\n")
+    code, printed = own_pytest(*args, *lists)
+    assert "xfail.txt:2: */length-2/* unmodified: does not fail any more" in printed
+    assert "xfail.txt:1" not in printed
+    assert "2 xfailed" in printed
+    assert code == 1
+
+    own_pytest.write("skip.txt", "*/lenght-3/* # misspelt\n")
+    code, printed = own_pytest(*args, *lists)
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "no case (of skip.txt:1) '*/lenght-3/*'" in printed

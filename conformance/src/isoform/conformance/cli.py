@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from isoform.conformance.case import Case
     from isoform.conformance.implementation import Implementation
+    from isoform.conformance.lists import Entry
     from isoform.conformance.ranks import Ranks
     from isoform.conformance.run import Run
 
@@ -267,6 +268,24 @@ Html = Annotated[
 Junit = Annotated[
     Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML, for CI systems.")
 ]
+Skips = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--skip",
+        metavar="FILE",
+        help="Do not run what this file lists: a case or pattern and, behind a #, a reason, a line "
+        "each.",
+    ),
+]
+KnownFaults = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--xfail",
+        metavar="FILE",
+        help="What this file lists is known to fail: a case or pattern, a check if one alone is "
+        "meant, and, behind a #, a reason. What does not fail any more fails the run.",
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Only say what failed, a line each; no progress bar.")
 ]
@@ -423,6 +442,19 @@ def _cases(
     return cases, named if patterns else frozenset(once)
 
 
+def _listed(files: Sequence[Path] | None, once: Sequence[str], checks: bool) -> tuple[Entry, ...]:
+    """The entries of lists, whose cases may be of ``once`` too; leaves where one is wrong."""
+    from isoform.conformance.case import UnknownName
+    from isoform.conformance.lists import read
+    from isoform.conformance.operations import CASES
+
+    try:
+        known = [*CASES, *once]
+        return tuple(entry for file in files or () for entry in read(file, known, checks=checks))
+    except (OSError, ValueError, UnknownName) as problem:
+        _fail(str(problem))
+
+
 def _one_case(case_id: str, file: Path | None, call: str) -> Case:
     """The case called ``case_id``, or the call of ``file``; leaves unless it is one."""
     from isoform.conformance.case import UnknownName, select
@@ -493,9 +525,13 @@ def _conclude(
     quiet: bool = False,
     failures: int = 5,
     interrupted: bool = False,
+    gone: Sequence[Entry] = (),
     note: str = "",
 ) -> NoReturn:
-    """Print a run, write what was asked for, and leave with the code that fits."""
+    """Print a run, write what was asked for, and leave with the code that fits.
+
+    What is known to fail and does not any more, ``gone`` of the lists given, fails a run too.
+    """
     from isoform.conformance.console import console, print_briefly, print_run
     from isoform.conformance.summary import summaries
 
@@ -520,9 +556,11 @@ def _conclude(
         note = f"report: {html}"
     if note and not quiet:
         _say(note)
+    for entry in gone:
+        _say(f"{entry}: does not fail any more: take it out")
     if interrupted:
         _fail("interrupted; this is what had been judged until then", Code.INTERRUPTED)
-    if any(summary.failed for summary in found):
+    if gone or any(summary.failed or summary.mended for summary in found):
         raise typer.Exit(Code.WRONG)
     if not any(summary.ran for summary in found):
         _fail("nothing ran", Code.NOTHING_RAN)
@@ -691,6 +729,7 @@ def _cases_as_json(cases: Sequence[Case]) -> str:
         "isoform check --impl mymodule:attention --tag quick",
         "isoform check parallel/ring-zigzag --ranks 4 --communicator mpi",
         "isoform check torch-sdpa --json run.json --junit junit.xml --html report.html",
+        "isoform check --impl mymodule:attention --skip skip.txt --xfail xfail.txt",
     ),
 )
 def check(
@@ -718,6 +757,8 @@ def check(
     json: Json = "",
     junit: Junit = None,
     html: Html = None,
+    skip: Skips = None,
+    xfail: KnownFaults = None,
     quiet: Quiet = False,
     failures: Failures = 5,
 ) -> None:
@@ -729,6 +770,7 @@ def check(
     """
     from isoform.conformance.console import progress
     from isoform.conformance.judge import MEMORY_LENGTHS
+    from isoform.conformance.lists import excused, gone, skipped
     from isoform.conformance.operations import OPERATIONS
     from isoform.conformance.run import Interrupted, run
     from isoform.conformance.verdicts import GROUPS
@@ -741,6 +783,8 @@ def check(
         for length in MEMORY_LENGTHS
     }
     cases, once = _cases(case, tag, dtype, sorted(invalid | memory))
+    left_out = _listed(skip, (), checks=False)
+    known = _listed(xfail, sorted(invalid | memory), checks=True)
     chosen, sources = _implementations(
         [*(names or ()), *(impl or ())],
         framework,
@@ -762,18 +806,24 @@ def check(
                 large=large,
                 invalid_calls={invalid[name] for name in once & invalid.keys()},
                 memory={memory[name] for name in once & memory.keys()},
+                skip=lambda case_id: skipped(case_id, left_out),
                 progress=lambda whom, what: step(f"{whom.name} {what.id}"),
             )
         except Interrupted as interruption:
             record, interrupted = interruption.run, True
     _conclude(
-        replace(record, sources=sources),
+        replace(
+            record,
+            sources=sources,
+            outcomes=tuple(excused(outcome, known) for outcome in record.outcomes),
+        ),
         json=json,
         junit=junit,
         html=html,
         quiet=quiet,
         failures=failures,
         interrupted=interrupted,
+        gone=[] if interrupted else gone(record.outcomes, known),
     )
 
 

@@ -29,6 +29,7 @@ class ExpectedFailure:
         reason: What the fault is, and where it is known from.
         processor: A processor feature that the fault comes with, as ``/proc/cpuinfo`` names it;
             elsewhere the entry says nothing.
+        device: Where alone it has it, ``cpu`` or ``cuda``; everywhere if empty.
     """
 
     implementation: str
@@ -36,11 +37,13 @@ class ExpectedFailure:
     check: str
     reason: str
     processor: str = ""
+    device: str = ""
 
-    def covers(self, outcome: Outcome) -> bool:
+    def covers(self, outcome: Outcome, device: str) -> bool:
         """Whether this is about the implementation, the case and the result of ``outcome``."""
         return (
             outcome.implementation == self.implementation
+            and self.device in ("", device)
             and fnmatchcase(outcome.case, self.case)
             and fnmatchcase(outcome.check.split("/")[0], self.check.split("/")[0])
         )
@@ -68,12 +71,15 @@ def processor_features() -> frozenset[str]:
     )
 
 
-def explain(outcome: Outcome) -> str | None:
-    """The recorded reason for a failure; None where the outcome is no failure or not expected.
+def explain(outcome: Outcome, device: str = "cpu") -> str | None:
+    """The recorded reason for a failure on ``device``; None where the outcome is no failure or not
+    expected.
 
     Every check that failed must be expected, not just one of them.
     """
-    entries = [entry for entry in expected_failures() if entry.covers(outcome)]
+    if outcome.excused:
+        return outcome.excused
+    entries = [entry for entry in expected_failures() if entry.covers(outcome, device)]
     reasons = {
         check: entry.reason
         for check in outcome.failed_checks
@@ -85,12 +91,14 @@ def explain(outcome: Outcome) -> str | None:
     return "; ".join(dict.fromkeys(reasons.values()))
 
 
-def no_longer_fails(outcome: Outcome) -> ExpectedFailure | None:
-    """The entry that expects ``outcome`` to fail, where it passes."""
+def no_longer_fails(outcome: Outcome, device: str = "cpu") -> ExpectedFailure | None:
+    """The entry that expects ``outcome`` to fail on ``device``, where it passes."""
     if outcome.verdict is not Verdict.PASS:
         return None
     judged = {f"{outcome.check}/{part.name}" for part in outcome.parts} or {outcome.check}
     for entry in expected_failures():
-        if entry.covers(outcome) and any(fnmatchcase(check, entry.check) for check in judged):
+        if entry.covers(outcome, device) and any(
+            fnmatchcase(check, entry.check) for check in judged
+        ):
             return entry
     return None

@@ -12,17 +12,26 @@ for all of a case's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from isoform.conformance.case import Case, UnknownName, select
 from isoform.conformance.implementation import FRAMEWORKS, Implementation
-from isoform.conformance.operations import CASES
+from isoform.conformance.judge import MEMORY_LENGTHS as LENGTHS
+from isoform.conformance.lists import Entry, read
+from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.ranks import Joined, Ranks
 from isoform.conformance.registry import Unavailable, find
 from isoform.conformance.signatures import SIGNATURES
 from isoform.conformance.verdicts import GROUPS
+
+SKIPPED = pytest.StashKey[Sequence[Entry]]()
+KNOWN = pytest.StashKey[Sequence[Entry]]()
+"""What the lists say that are given."""
+RAN, FAILED = "isoform-xfail-ran", "isoform-xfail-failed"
+"""Properties by which tests tell of the entries that they are about, and that fail as they say."""
 
 JUDGED = pytest.StashKey[tuple[Sequence[Implementation], Sequence[Case]]]()
 """Whom to judge, and on what."""
@@ -68,6 +77,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     group.addoption(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a list of cases to leave out: an id or shell pattern and, behind a #, a reason",
+    )
+    group.addoption(
+        "--xfail",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a list of what is known to fail: an id or shell pattern, a check if one alone is "
+        "meant and, behind a #, a reason; what does not fail any more fails the run",
+    )
+    group.addoption(
         "--ranks",
         type=int,
         default=Ranks.size,
@@ -96,7 +120,18 @@ def pytest_configure(config: pytest.Config) -> None:
             ],
             select(CASES, patterns=option.case, tags=option.tag, dtypes=option.dtype),
         )
-    except (UnknownName, Unavailable, TypeError, ValueError) as fault:
+        once = [
+            case_id
+            for operation in OPERATIONS.values()
+            for case_id in (operation.probe.id, *(operation.memory_case(n).id for n in LENGTHS))
+        ]
+        for key, files, checks in ((SKIPPED, option.skip, False), (KNOWN, option.xfail, True)):
+            known = [*CASES, *(once if checks else ())]
+            config.stash[key] = tuple(
+                entry for file in files for entry in read(Path(file), known, checks=checks)
+            )
+        config.pluginmanager.register(KnownFaults(config.stash[KNOWN]), "isoform-known-faults")
+    except (OSError, UnknownName, Unavailable, TypeError, ValueError) as fault:
         raise pytest.UsageError(str(fault)) from None
 
 
@@ -141,3 +176,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return -1 if case is None else places.get(case.id, len(places))
 
     items.sort(key=place)
+
+
+class KnownFaults:
+    """What the tests say of the entries of ``--xfail``, those of other workers too: one of which
+    something ran and nothing failed fails the run.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.places: dict[str, set[str]] = {RAN: set(), FAILED: set()}
+
+    @property
+    def gone(self) -> list[Entry]:
+        """The entries that do not fail any more."""
+        left = self.places[RAN] - self.places[FAILED]
+        return [entry for entry in self.entries if entry.place in left]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Gather what a test said."""
+        if report.when == "call":
+            for key, place in report.user_properties:
+                if key in self.places:
+                    self.places[key].add(str(place))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Fail the run."""
+        worker = hasattr(session.config, "workerinput")  # it has seen a part alone
+        if self.gone and not worker and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say so."""
+        for entry in self.gone:
+            line = f"{entry}: does not fail any more: take it out"
+            terminalreporter.write_line(line, red=True)

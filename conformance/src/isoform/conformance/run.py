@@ -161,6 +161,7 @@ def run(
     large: bool = False,
     invalid_calls: Collection[str] | None = None,
     memory: Collection[str] | None = None,
+    skip: Callable[[str], str] = lambda case_id: "",
     progress: Progress = lambda implementation, case: None,
 ) -> Run:
     """Judge every implementation on every case.
@@ -175,6 +176,7 @@ def run(
         invalid_calls: Operations of which to judge the answers to wrong calls, once per
             implementation; None for those that it was judged on.
         memory: Operations of which to judge how peak memory grows, likewise.
+        skip: Why a case is not to be run, by its id; empty where it is.
         progress: Called before each implementation is judged on each case.
 
     Raises:
@@ -182,6 +184,7 @@ def run(
     """
     outcomes: list[Outcome] = []
     offered = [one for implementation in implementations for one in implementation.offers]
+    first = next((group for group in GROUPS if group in groups), GROUPS[0])
     judged_on: set[str] = set()
 
     def record() -> Run:
@@ -202,6 +205,11 @@ def run(
                     continue
                 judged_on.add(case.operation)
                 progress(implementation, case)
+                if why := skip(case.id):
+                    yield [
+                        Outcome(implementation.name, case.id, first, "case", Verdict.NOT_RUN, why)
+                    ]
+                    continue
                 yield judge(
                     implementation,
                     case,

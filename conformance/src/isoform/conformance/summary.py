@@ -121,13 +121,13 @@ def summaries(run: Run) -> tuple[Summary, ...]:
         counts.subtract(outcome.verdict for outcome, _ in expected)
         counted = {verdict: n for verdict in Verdict if (n := counts[verdict])}
         failures = _failures(run, unexpected)
-        mended = () if name in run.sources else _mended(outcomes)
+        mended = () if name in run.sources else _mended(outcomes, device_of(run))
         found.append(Summary(name, counted, failures, expected, mended, worst(outcomes)))
     return tuple(found)
 
 
-def _mended(outcomes: Iterable[Outcome]) -> tuple[tuple[Outcome, str], ...]:
-    entries = ((outcome, no_longer_fails(outcome)) for outcome in outcomes)
+def _mended(outcomes: Iterable[Outcome], device: str) -> tuple[tuple[Outcome, str], ...]:
+    entries = ((outcome, no_longer_fails(outcome, device)) for outcome in outcomes)
     return tuple((outcome, entry.reason) for outcome, entry in entries if entry is not None)
 
 
@@ -155,10 +155,18 @@ def messages(outcome: Outcome) -> tuple[tuple[str, str], ...]:
 
 
 def reason(run: Run, outcome: Outcome) -> str | None:
-    """Why ``outcome`` was expected to fail, or None. Known faults are those of registered
-    implementations: someone's own object is not excused by having the same name.
+    """Why ``outcome`` was expected to fail, or None. Known faults are those of a list that the run
+    was given, and those of registered implementations: someone's own object is not excused by
+    having the same name as one.
     """
-    return None if outcome.implementation in run.sources else explain(outcome)
+    if outcome.implementation in run.sources:
+        return outcome.excused or None
+    return explain(outcome, device_of(run))
+
+
+def device_of(run: Run) -> str:
+    """Where ``run`` was."""
+    return run.environment.get("device", "cpu")
 
 
 def shares(outcome: Outcome) -> dict[str, float]:
@@ -207,7 +215,7 @@ def command(run: Run, outcome: Outcome) -> str:
     if any("ranks" in each for each in declared.values()):
         words += ["--ranks", run.environment["ranks"]]
         words += ["--communicator", run.environment["communicator"]]
-    device = run.environment.get("device", "cpu")
+    device = device_of(run)
     if device != "cpu":
         words += ["--device", device]
     elif outcome.case in CASES and CASES[outcome.case].large:

@@ -81,6 +81,7 @@ class Outcome:
         message: Why, in a sentence; empty for a pass.
         parts: Every part of the budget that was looked at.
         errors: The measured errors, where numbers were compared.
+        excused: Why it was expected to fail, by a list that the run was given; empty if it was not.
         seconds: How long the implementation took.
     """
 
@@ -92,6 +93,7 @@ class Outcome:
     message: str = ""
     parts: tuple[Part, ...] = ()
     errors: Errors | None = None
+    excused: str = ""
     seconds: float = field(default=0.0, compare=False)
 
     @property
