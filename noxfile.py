@@ -40,7 +40,7 @@ EMULATED_CASES = (
     "evoformer/values/bf16/garbage-in-dropped",
     "evoformer/values/bf16/minus-inf-bias",
     "evoformer/empty/bf16/*",
-    *("rotary/partial-80-32/*", "rotary/partial-127-64/*", "rotary/scaling-partial/*"),
+    *("rotary/partial-96-24/*", "rotary/partial-127-64/*", "rotary/scaling-partial/*"),
     *("rotary/layout/*", "rotary/layout-partial/*"),
     *("rotary/positions/fp32/*", "rotary/values/bf16/*", "rotary/empty/bf16/*"),
     *("attention/mask/bf16/*", "attention/mask/fp32/padded-causal-window"),

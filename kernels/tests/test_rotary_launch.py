@@ -118,6 +118,17 @@ def turn(d=128, layout="half", backwards=False):
     return Turn(d, 1e4, layout, None, backwards)
 
 
+def test_what_passes_through_is_copied_16_bytes_at_a_time_though_halves_are_narrower():
+    """GPT-NeoX-20B turns 24 of 96 channels: halves of 12, which start on 8 bytes."""
+    found = told(turn(24), arrays(L=8192, H=64, D=96, G=64))
+    (one,) = found.work.launches
+    assert one.defines["WIDTH"] == 4
+    assert (found.arguments["passing"], found.arguments["passing_width"]) == (72 // 8, 8)
+    assert one.threads == (3 + 9, 256 // 12)
+    narrow = told(turn(24), arrays(D=100)).arguments  # rows start on 8 bytes
+    assert (narrow["passing"], narrow["passing_width"]) == (76 // 4, 4)
+
+
 def test_the_shape_of_the_issue():
     """16-byte vectors; eight of them a thread's, so that a block turns 128 KiB."""
     found = told(turn(), arrays(L=131072, H=16, G=16))

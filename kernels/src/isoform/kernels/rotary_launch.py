@@ -46,7 +46,7 @@ ARGUMENTS = np.dtype(
         *((name, ROWS) for name in ARRAYS),
         *((name, "i8") for name in ("heads", "other_heads")),
         *((name, "i8") for name in ("position_bytes", "position_signed")),
-        *((name, "i8") for name in ("pairs", "passing", "tokens", "backwards")),
+        *((name, "i8") for name in ("pairs", "passing", "passing_width", "tokens", "backwards")),
         ("amplitude", "f4", 2),
         ("frequency", "u8", (MOST_PAIRS, 2)),
     ]
@@ -55,6 +55,8 @@ ARGUMENTS = np.dtype(
 
 THREADS = 256
 VECTOR_BYTES = 16
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element."""
 UNITS = 2048
 """Pairs of vectors that a block turns if it can: eight for each thread, so that its angles and its
 barriers are a small part of its work."""
@@ -141,8 +143,11 @@ def told(turn: Turn, arrays: Mapping[str, Lying]) -> Told:
     in_place = x.pointer == arrays["out"].pointer
     through = 0 if in_place else D - turn.rotary_dim
     rows = [view for name, view in views.items() if name != "positions"]
-    vector = width(x.dtype, rows, pairs, through)
-    columns = (pairs + through) // vector
+    vector = width(x.dtype, rows, pairs)
+    passing = width(x.dtype, rows, turn.rotary_dim, through)
+    if passing < VECTOR_BYTES // SIZES[x.dtype]:
+        vector = passing = min(vector, passing)
+    columns = pairs // vector + through // passing
     tokens = tokens_of_a_block(B * L, (H + other_heads) * columns, pairs)
 
     packed = np.zeros((), ARGUMENTS)
@@ -150,7 +155,8 @@ def told(turn: Turn, arrays: Mapping[str, Lying]) -> Told:
     packed["heads"], packed["other_heads"] = H, other_heads
     integer = np.dtype(positions.dtype)
     packed["position_bytes"], packed["position_signed"] = integer.itemsize, integer.kind == "i"
-    packed["pairs"], packed["passing"] = pairs, through // vector
+    packed["pairs"], packed["passing"] = pairs, through // passing
+    packed["passing_width"] = passing
     packed["tokens"], packed["backwards"] = tokens, turn.backwards
     for name, view in views.items():
         packed[name]["data"] = view.pointer
@@ -177,21 +183,21 @@ def told(turn: Turn, arrays: Mapping[str, Lying]) -> Told:
     return Told(Work((launched,) if B * L * (H + other_heads) else ()), packed, places)
 
 
-def width(dtype: str, rows: list[View], pairs: int, passing: int) -> int:
+def width(dtype: str, rows: list[View], *steps: int) -> int:
     """Elements of a vector: 16 bytes, or as many as start on a multiple of their size everywhere.
 
     Args:
         dtype: Of the elements.
         rows: How the arrays lie, ``[B, L, H, D]``.
-        pairs: d/2, how far apart the vectors of the layout ``half`` are.
-        passing: Channels behind them that are copied.
+        steps: Channels between the vectors' starts: d/2 of those of the layout ``half``; of those
+            that are copied, d and how many channels they are.
     """
-    size = 4 if dtype == "float32" else 2
+    size = SIZES[dtype]
     most = VECTOR_BYTES // size
     if any(view.strides[3] != 1 for view in rows):
         return 1
-    steps = [pairs, passing, *(step for view in rows for step in view.strides[:3])]
-    together = math.gcd(most, *steps, *(view.pointer // size for view in rows))
+    every = [*steps, *(step for view in rows for step in view.strides[:3])]
+    together = math.gcd(most, *every, *(view.pointer // size for view in rows))
     return together if all(view.pointer % size == 0 for view in rows) else 1
 
 

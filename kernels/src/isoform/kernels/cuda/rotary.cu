@@ -33,6 +33,10 @@ struct alignas(WIDTH * sizeof(Element)) Vector {
     Element at[WIDTH];
 };
 
+struct alignas(16) Widest {
+    Element at[16 / sizeof(Element)];
+};
+
 struct alignas(WIDTH < 4 ? WIDTH * sizeof(float) : 16) Floats {
     float at[WIDTH];
 };
@@ -142,13 +146,14 @@ __device__ inline float2 turn_of(const RotaryArguments &a, const Frequency &freq
 // The place of channel `d` of a row; vectors have channels that follow one another.
 __device__ inline int64 channel(const Rows &x, int64 d) { return WIDTH > 1 ? d : d * x.stride[3]; }
 
-__device__ inline Vector load(const Rows &x, int64 row, int64 d) {
-    return *reinterpret_cast<const Vector *>(static_cast<const Element *>(x.data) + row +
-                                             channel(x, d));
+template <class V = Vector>
+__device__ inline V load(const Rows &x, int64 row, int64 d) {
+    return *reinterpret_cast<const V *>(static_cast<const Element *>(x.data) + row + channel(x, d));
 }
 
-__device__ inline void store(const Vector &vector, const Rows &x, int64 row, int64 d) {
-    *reinterpret_cast<Vector *>(static_cast<Element *>(x.data) + row + channel(x, d)) = vector;
+template <class V>
+__device__ inline void store(const V &vector, const Rows &x, int64 row, int64 d) {
+    *reinterpret_cast<V *>(static_cast<Element *>(x.data) + row + channel(x, d)) = vector;
 }
 
 __device__ inline Element &element(Vector &one, Vector &two, int i) {
@@ -233,8 +238,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER)
             if (column < units) {
                 turn(x, from, out, to, column, pairs, cosines + t * pairs, sines + t * pairs);
             } else {
-                const int64 d = 2 * pairs + WIDTH * (column - units);
-                store(load(x, from, d), out, to, d);  // not a number here: its bits are kept
+                // not a number here: its bits are kept
+                const int64 d = 2 * pairs + a.passing_width * (column - units);
+                if (a.passing_width == WIDTH)
+                    store(load(x, from, d), out, to, d);
+                else
+                    store(load<Widest>(x, from, d), out, to, d);
             }
         }
     }

@@ -44,6 +44,7 @@ struct RotaryArguments {
     int64 position_bytes, position_signed;  // the integers that positions are
     int64 pairs;                            // d / 2
     int64 passing;                          // vectors of a row that pass through, and are copied
+    int64 passing_width;                    // elements of such a vector: WIDTH, or 16 bytes of them
     int64 tokens;                           // of a block
     int64 backwards;                        // 1: by −θ
 
@@ -51,5 +52,5 @@ struct RotaryArguments {
     Frequency frequency[MOST_PAIRS];
 };
 
-static_assert(sizeof(RotaryArguments) == 2 * 8 + 5 * 40 + 8 * 8 + 8 + MOST_PAIRS * 16,
+static_assert(sizeof(RotaryArguments) == 2 * 8 + 5 * 40 + 9 * 8 + 8 + MOST_PAIRS * 16,
               "rotary_launch.py has another idea of RotaryArguments");
