@@ -737,6 +737,38 @@ def test_without_torch_the_remedy_is_named(here: Path) -> None:
     assert spawn("check", NUMPY, "--case", CASE, cwd=here).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["typer", "rich", "ml_dtypes"])
+def test_without_the_extra_the_remedy_is_named(here: Path, module: str) -> None:
+    """As after ``pip install isoform``: no traceback."""
+    (here / "sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
+    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "isoform.conformance", "check", NUMPY, "--case", CASE],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"isoform: {module} is not installed, and the command line needs it: "
+        "'pip install \"isoform[conformance]\"'\n"
+    )
+
+
+def test_the_extra_brings_what_the_command_line_needs() -> None:
+    import tomllib
+
+    from isoform.conformance.__main__ import NEEDS
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["conformance"]
+    assert [requirement.partition(">=")[0] for requirement in extra] == [*NEEDS]
+    assert project["scripts"] == {"isoform": "isoform.conformance.__main__:main"}
+
+
 def test_torch_is_imported_only_for_those_who_need_it(here: Path) -> None:
     program = (
         "import sys; from isoform.conformance.cli import app\n"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from isoform.conformance.cli import app
 from isoform.conformance.implementation import Implementation
+from isoform.conformance.implementations.torch import merged
 from isoform.conformance.judge import judge
 from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.peers import PEERS
@@ -175,3 +176,20 @@ def test_a_bias_is_aligned() -> None:
     assert aligned(None) is None
     laid = aligned(bias)
     assert laid is not None and laid.stride(-2) == 16 and torch.equal(laid, bias)
+
+
+def test_one_mask_is_made_of_all_in_which_a_dropped_key_stays_dropped() -> None:
+    q = torch.zeros(1, 2, 3, 2, 4, dtype=torch.bfloat16)
+    mask = torch.tensor([[[True, False], [True, True]]])
+    pair_bias = torch.full((1, 1, 2, 3, 2), torch.inf, dtype=q.dtype)
+    mask_bias = torch.ones(1, 2, 1, 1, 2, dtype=q.dtype)
+    for biases in ((None, pair_bias), (mask_bias, pair_bias), (mask_bias, None), (None, None)):
+        found = merged(q, mask, *biases)
+        assert found is not None
+        assert (found.shape, found.dtype) == ((2, 2, 3, 2), q.dtype)
+        assert (found[0, ..., 1] == -torch.inf).all()
+        assert (found[1] > -torch.inf).all()
+    assert merged(q, None, None, None) is None
+    alone = merged(q, None, mask_bias, None)
+    assert alone is not None
+    assert (alone == 1).all()

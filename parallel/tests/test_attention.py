@@ -459,6 +459,21 @@ def test_what_is_no_array_of_one_library_is_refused():
         call(elsewhere, elsewhere, elsewhere)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
+def test_nothing_is_recorded_for_autograd_where_the_backward_is_taken_by_hand(strategy: str):
+    from isoform.parallel.attention import attention_vjp
+
+    torch = pytest.importorskip("torch")
+
+    def call(comm: Any) -> list[bool]:
+        q, k, v, dout = (torch.ones(1, 4, 2, 3, requires_grad=True) for _ in range(4))
+        sharding = Sharding.contiguous(8, 2)
+        out, back = attention_vjp(q, k, v, comm=comm, sharding=sharding, strategy=strategy)
+        return [x.requires_grad for x in (out, *back(dout))]
+
+    assert simulate(call, 2) == [[False] * 4] * 2
+
+
 def test_a_wrong_cotangent_is_refused():
     from isoform.parallel.attention import attention_vjp
 

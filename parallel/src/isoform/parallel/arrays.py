@@ -98,6 +98,11 @@ def empty(shape: Sequence[int], like: Any) -> Any:
     return _library(like).empty(tuple(shape), like.dtype)
 
 
+def detached(x: Any) -> Any:
+    """``x``, of which autograd records nothing."""
+    return x.detach() if is_tensor(x) else x
+
+
 def contiguous(x: Any) -> Any:
     """``x`` itself if its numbers lie one after the other in memory, or a copy where they do."""
     return x.detach().contiguous() if is_tensor(x) else _library(x).ascontiguousarray(x)

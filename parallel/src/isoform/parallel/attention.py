@@ -19,6 +19,7 @@ from isoform.parallel.arrays import (
     Array,
     astype_of,
     check_array,
+    detached,
     device_of,
     is_cupy,
     is_tensor,
@@ -130,6 +131,8 @@ def attention_vjp(
 ) -> tuple[Any, Backward]:
     """:func:`attention`, and the function that takes its gradient back (a vector-Jacobian product).
 
+    For who puts a backward together by hand: nothing is recorded for autograd.
+
     Args:
         q, k, v, comm, sharding, strategy, near, topology: As in :func:`attention`.
         causal, positions, segments, window, scale, deterministic: As in :func:`attention`.
@@ -145,7 +148,7 @@ def attention_vjp(
     way = (comm, sharding, strategy, near, topology)
     options = (causal, positions, segments, window, scale)
     asked = _Asked(*way, *options, deterministic=deterministic, differentiated=True)
-    return _vjp(q, k, v, asked)
+    return _vjp(detached(q), detached(k), detached(v), asked)
 
 
 def explain(
@@ -267,7 +270,7 @@ def _vjp(q: Any, k: Any, v: Any, asked: _Asked) -> tuple[Any, Backward]:
                 f"dout must be like out, {out.dtype} {tuple(out.shape)}, "
                 f"got {dout.dtype} {tuple(dout.shape)}"
             )
-        found = backward(dout, saved, comm=comm, mask=mask)
+        found = backward(detached(dout), saved, comm=comm, mask=mask)
         return Gradients(*(astype_of(dx, x) for dx, x in zip(found, (q, k, v), strict=True)))
 
     return out, take_back

@@ -102,19 +102,11 @@ def sdpa(
     require(SDPA_CAPABILITIES, "torch-sdpa", q, k, v, scale, return_lse, operands)
     B, S, Q, H, D = q.shape
     K, G = k.shape[2:4]
-    additive = None
-    if any(operand is not None for operand in (mask, mask_bias, pair_bias)):
-        additive = q.new_zeros(B, S, H, Q, K)
-        for bias in (mask_bias, pair_bias):
-            additive = additive if bias is None else additive + bias
-        if mask is not None:
-            additive = additive.masked_fill(~mask[:, :, None, None, :], -torch.inf)
-        additive = additive.reshape(B * S, H, Q, K)
     out = torch.nn.functional.scaled_dot_product_attention(
         q.reshape(B * S, Q, H, D).transpose(1, 2),
         attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
         attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
-        attn_mask=additive,
+        attn_mask=merged(q, mask, mask_bias, pair_bias),
         scale=None if scale is None else float(scale),
         enable_gqa=G != H,
     )
@@ -202,6 +194,25 @@ def require(
 def wanted(operands: Mapping[str, Any]) -> list[str]:
     """The operands that a gradient is wanted for."""
     return [name for name, x in operands.items() if isinstance(x, Tensor) and x.requires_grad]
+
+
+def merged(
+    q: Tensor, mask: Tensor | None, mask_bias: Tensor | None, pair_bias: Tensor | None
+) -> Tensor | None:
+    """One additive mask ``[B·S, H, Q, K]`` in q's dtype, −inf for dropped keys whatever their bias;
+    None for none.
+    """
+    B, S, Q, H, _ = q.shape
+    given = [x for x in (mask_bias, pair_bias) if x is not None]
+    if mask is not None:
+        kept = mask[:, :, None, None, :]
+        bias = sum(given[1:], start=given[0]) if given else q.new_zeros(())
+        total = torch.where(kept, bias, -torch.inf)
+    elif given:
+        total = sum(given[1:], start=given[0])
+    else:
+        return None
+    return total.expand(B, S, H, Q, total.shape[-1]).reshape(B * S, H, Q, -1)
 
 
 def score_of(

@@ -54,21 +54,6 @@ def evoformer_peer(name: str, capabilities: Capabilities, attend: Attend) -> Imp
     return Implementation(name, "torch", capabilities, forward)
 
 
-def merged(
-    q: Tensor, mask: Tensor | None, mask_bias: Tensor | None, pair_bias: Tensor | None
-) -> Tensor | None:
-    """One additive mask ``[B·S, H, Q, K]`` in q's dtype, −inf for dropped keys; None for none."""
-    B, S, Q, H, _ = q.shape
-    given = [x for x in (mask_bias, pair_bias) if x is not None]
-    if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        given.append(bias.masked_fill(~mask, -torch.inf)[:, :, None, None, :])
-    if not given:
-        return None
-    total = sum(given[1:], start=given[0])
-    return total.expand(B, S, H, Q, total.shape[-1]).reshape(B * S, H, Q, -1)
-
-
 def mask_as_bias(
     mask: Tensor | None, mask_bias: Tensor | None, dtype: torch.dtype, dropped: float
 ) -> Tensor | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.peers.adapter import evoformer_peer, merged
+from isoform.conformance.implementations.torch import merged
+from isoform.conformance.peers.adapter import evoformer_peer
 from isoform.reference.contract import Arithmetic, Capabilities
 
 SHORT = frozenset({"float16", "bfloat16"})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isoform.conformance.peers.adapter import evoformer_peer, merged
+from isoform.conformance.implementations.torch import merged
+from isoform.conformance.peers.adapter import evoformer_peer
 from isoform.reference.contract import Arithmetic, Capabilities
 
 ALIGNMENT = 8

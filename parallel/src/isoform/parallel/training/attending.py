@@ -59,8 +59,6 @@ class Attending:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
         """``[B, L_r, H, D]`` throughout."""
-        if place.mask is not None:
-            return stored(q, k, v, place.mask)
         options: dict[str, Any] = {"causal": True, "scale": q.shape[-1] ** -0.5}
         options["segments"] = place.segments
         options["positions"] = place.positions if place.given else None
@@ -74,6 +72,8 @@ class Attending:
     def _of_aligned(
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, options: dict[str, Any]
     ) -> Tensor:
+        if place.mask is not None:
+            return stored(q, k, v, place.mask, options["scale"])
         if self.comm is not None and self.comm.size > 1:
             options |= {"strategy": self.switches.strategy, "near": self.switches.near}
             found = over_ranks(q, k, v, comm=self.comm, sharding=place.sharding, **options)
@@ -86,14 +86,14 @@ class Attending:
         return cast(Tensor, found)
 
 
-def stored(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def stored(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The older scheme's attention: scores ``[B, H, L, L]`` and their softmax, in q's dtype.
 
     The mask is applied in place, which is the least that it can cost.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    return cast(Tensor, (scores.masked_fill_(mask, -torch.inf).softmax(-1) @ v).transpose(1, 2))
+    scores = (q * scale) @ k.transpose(2, 3)
+    return (scores.masked_fill_(mask, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
 def forbidden(positions: Tensor, segments: Tensor | None) -> Tensor:

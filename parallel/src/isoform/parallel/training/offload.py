@@ -15,11 +15,12 @@ import weakref
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-CHUNK = 1 << 28
+CHUNK = 1 << 26
 """Bytes of page-locked memory that are asked for at once."""
 
 
@@ -44,7 +45,7 @@ class Offload:
         if isinstance(x, torch.nn.Parameter) or not x.is_floating_point():
             return x
         last = None if self._last is None else self._last()
-        if last is not None and last.source is not None and _same(last.source, x):
+        if last is not None and last.is_of(x):
             return last  # both branches of a block keep its input
         if last is not None:
             last.let_go()
@@ -58,6 +59,12 @@ class Offload:
             stream: Any = torch.cuda.Stream
             self._streams[device] = stream(device), stream(device)
         return self._streams[device]
+
+    def reserve(self, size: int, count: int, device: torch.device) -> None:
+        """Lock pages for ``count`` tensors of ``size`` bytes now, which takes long."""
+        if _on_gpu(device):
+            held = [_locked(n) for n in _cut(size) * count]
+            del held  # PyTorch keeps them for later
 
     def count(self, size: int) -> None:
         """So many bytes more, or fewer, in the host's memory."""
@@ -74,15 +81,20 @@ class _Kept:
         self.before = None if before is None else weakref.ref(before)
         self.source: Tensor | None = x.detach()  # until it is copied
         self.back: Tensor | None = None
+        self.copied: Any = None  # events, on a GPU
+        self.arrived: Any = None
         self.version = x._version
         flat = self.source.contiguous().view(-1).view(torch.uint8)
-        on_gpu = x.device.type == "cuda"
-        self.host = [torch.empty(n, dtype=torch.uint8, pin_memory=on_gpu) for n in _cut(self.size)]
+        on_gpu = _on_gpu(x.device)
+        # not PyTorch's, elsewhere: what is counted there as a GPU's memory is not to have it
+        self.host = [
+            _locked(n) if on_gpu else torch.from_numpy(np.empty(n, np.uint8))
+            for n in _cut(self.size)
+        ]
         offload.count(self.size)
         weakref.finalize(self, offload.count, -self.size)
         if not on_gpu:
             self._copy(self.host, flat)
-            self.copied = self.arrived = None
             return
         out, _ = offload.streams(x.device)
         out.wait_stream(torch.cuda.current_stream(x.device))
@@ -95,6 +107,17 @@ class _Kept:
         for piece, part in zip(pieces, torch.split(flat, [p.numel() for p in pieces]), strict=True):
             to, source = (part, piece) if back else (piece, part)
             to.copy_(source, non_blocking=True)
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether it is the same memory, seen alike and not written since."""
+        source = self.source
+        return (
+            source is not None
+            and source.data_ptr() == x.data_ptr()
+            and source.shape == x.shape
+            and source.stride() == x.stride()
+            and self.version == x._version
+        )
 
     def let_go(self) -> None:
         """Forget the tensor on the GPU, once it is copied; the host waits for that.
@@ -112,10 +135,13 @@ class _Kept:
         """Begin to bring it back, unless that has been done."""
         if self.back is not None:
             return
+        if self.source is not None and self.source._version == self.version:
+            self.back, self.source = self.source, None  # it has not left yet
+            return
         self.let_go()
         back = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         flat = back.view(-1).view(torch.uint8)
-        if self.device.type == "cuda":
+        if _on_gpu(self.device):
             _, stream = self.offload.streams(self.device)
             # the memory may be still in use by what was queued before
             stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -128,7 +154,6 @@ class _Kept:
 
     def get(self) -> Tensor:
         """The tensor, in use from now on; that which is wanted next is sent for."""
-        first = self.back is None or self.arrived is not None
         self.fetch()
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
@@ -136,7 +161,7 @@ class _Kept:
         found = self.back
         assert found is not None
         before = None if self.before is None else self.before()
-        if first and before is not None:
+        if before is not None:
             before.fetch()
         return found
 
@@ -145,14 +170,13 @@ def _unpack(kept: Any) -> Tensor:
     return kept.get() if isinstance(kept, _Kept) else cast(Tensor, kept)
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
-    """Whether they are one piece of memory, seen alike and not written in between."""
-    return (
-        x.data_ptr() == y.data_ptr()
-        and x.shape == y.shape
-        and x.stride() == y.stride()
-        and x._version == y._version
-    )
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _locked(size: int) -> Tensor:
+    """Page-locked memory."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _cut(size: int) -> list[int]:
