@@ -24,7 +24,7 @@ from isoform.parallel.training.model import build
 from isoform.parallel.training.switches import Switches
 from isoform.reference.torch.genome_lm import CONFIGURATIONS
 
-TINY = ["--device", "cpu", "--models", "tiny", "--memory-gb", "0.003", "--host-gb", "0.01"]
+TINY = ["--device", "cpu", "--models", "tiny", "--memory-gb", "0.002", "--host-gb", "0.01"]
 
 
 def lines(tmp_path: Any, *more: str) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def test_both_schemes_are_measured(tmp_path, capsys):
     assert gain["longest"]["ratio"] == new["length"] / baseline["length"] > 2
     assert gain["peak_bytes"]["ratio"] > 1.5
     for one in (baseline, new):
-        assert one["peak_bytes"] <= 0.003 * 2**30
+        assert one["peak_bytes"] <= 0.002 * 2**30
         assert one["does_not_fit"] > one["length"] and one["limited_by"] == "memory"
     # a window changes no size
     without, within = by_kind["window"]
@@ -74,9 +74,11 @@ def test_each_technique_is_switched_back(tmp_path):
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path):
-    found = lines(tmp_path, "--minutes", "0", "--quick")
-    left_out = [x["what"] for x in found if x["kind"] == "left out"]
-    assert left_out == ["tiny, 64 tokens", "switches"]
+    found = lines(tmp_path, "--minutes", "0")
+    assert [(x["kind"], x.get("what")) for x in found[1:]] == [
+        ("left out", "tiny"),
+        ("left out", "switches"),
+    ]
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)

@@ -11,7 +11,7 @@ say how memory grows, the length that follows is tried, and others around it unt
 percent longer does not fit. For the new scheme a query looks back only :data:`WINDOW` positions
 while this is done: every tensor is there in its size, and a step takes a minute instead of hours.
 Its peak with and without a window is recorded at one length, by the same kernel. What it keeps on
-the host has a limit too, and positions end at 2²¹, where angles are exact.
+the host has a limit too, and lengths end where a tensor has 2³¹ numbers.
 
 *Time.* Of steps with whole attention: the median of some, after one that is not counted.
 ``model_flops`` are those of forward and backward without what is computed again: 6 for each weight
@@ -52,6 +52,9 @@ WINDOW = 1024
 
 EXACT = 2**21
 """Positions at which angles of the rotary embedding are exact."""
+
+ELEMENTS = 2**31 - 1
+"""Numbers in a tensor: not all that PyTorch does on a GPU has been seen to count further."""
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations a second, by what the card's name contains."""
@@ -123,8 +126,9 @@ class Machine:
     """
 
     def __init__(self, device: str, memory: int) -> None:
-        self.device = torch.device(device)
-        self.on_gpu = self.device.type == "cuda"
+        self.on_gpu = device == "cuda"
+        # with its number, which a limit asks for
+        self.device = torch.device(device, torch.cuda.current_device() if self.on_gpu else 0)
         self._counted = None if self.on_gpu else Counted(memory)
         if self.on_gpu:
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -355,11 +359,12 @@ class Benchmark:
         )
 
     def ceiling(self, c: Configuration, switches: Switches) -> tuple[int, str]:
-        """The largest length that the host has room for, or that positions go to, and which."""
-        if switches.checkpointing != "offloaded":
-            return EXACT, "positions"
-        each = (c.layers - 1) * c.hidden * 2
-        return min((max(1, self.limits.host // each), "host"), (EXACT, "positions"))
+        """The largest length that is tried, and why no larger one."""
+        found = [(EXACT, "positions"), (ELEMENTS // c.hidden, "elements of a tensor")]
+        if switches.checkpointing == "offloaded":
+            each = (c.layers - 1) * c.hidden * 2
+            found.append((max(1, self.limits.host // each), "host"))
+        return min(found)
 
     def longest(self, one: Trainer, c: Configuration, scheme: str, start: int) -> int:
         """The longest length of a scheme."""
@@ -547,7 +552,8 @@ def main(given: list[str] | None = None) -> None:
     parts = asked.part or ["models", "switches"]
     if "models" in parts:
         for name in asked.models:
-            bench.model(CONFIGURATIONS[name], asked.start, lengths)
+            if not bench.late(name):
+                bench.model(CONFIGURATIONS[name], asked.start, lengths)
     if "switches" in parts and not bench.late("switches"):
         bench.switches(CONFIGURATIONS[asked.models[0]], lengths[0])
     if "step" in parts:
