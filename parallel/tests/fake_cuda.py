@@ -125,7 +125,7 @@ class Wire:
         self.queues: dict[tuple[int, int], deque[bytes]] = defaultdict(deque)
 
 
-WIRES: dict[tuple[int, ...], Wire] = defaultdict(Wire)
+WIRES: dict[bytes, Wire] = defaultdict(Wire)
 
 
 class Nccl:
@@ -139,9 +139,9 @@ class Nccl:
         self.calls = threading.local()  # a group is a thread's
         self.made = 0
 
-    def get_unique_id(self) -> tuple[int, ...]:
+    def get_unique_id(self) -> bytes:
         self.made += 1
-        return (self.made, *[-1] * 127)
+        return bytes([self.made, *[255] * 127])
 
     def groupStart(self) -> None:  # noqa: N802
         assert getattr(self.calls, "group", None) is None, "a group in a group"
@@ -153,7 +153,9 @@ class Nccl:
         for kind, *call in sorted(group, key=lambda call: call[0] == "recv"):
             getattr(self, f"_{kind}")(*call)
 
-    def NcclCommunicator(self, size: int, name: tuple[int, ...], rank: int) -> Any:  # noqa: N802
+    def NcclCommunicator(self, size: int, name: bytes, rank: int) -> Any:  # noqa: N802
+        if not isinstance(name, bytes):  # as of CuPy 14
+            raise TypeError(f"expected bytes, got {type(name).__name__}")
         if not 0 <= rank < size or len(name) != 128:
             raise NcclError("NCCL_ERROR_INVALID_ARGUMENT")
         return Ends(self, WIRES[name], rank)

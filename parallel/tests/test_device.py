@@ -142,7 +142,7 @@ def test_a_narrow_sum_is_made_in_float32(fake):
 
 def test_what_nccl_says_is_passed_on_with_the_rank(fake, monkeypatch):
     monkeypatch.setattr(nccl, "ID_BYTES", 127)
-    monkeypatch.setattr(sys.modules["cupy.cuda.nccl"], "get_unique_id", lambda: (1,) * 127)
+    monkeypatch.setattr(sys.modules["cupy.cuda.nccl"], "get_unique_id", lambda: b"1" * 127)
     with pytest.raises(CommunicationError, match="rank 0 of 1: NCCL_ERROR_INVALID_ARGUMENT"):
         simulate(nccl.NCCLCommunicator, 1)
 

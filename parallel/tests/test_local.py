@@ -12,6 +12,7 @@ import pytest
 from isoform.parallel import local
 
 torch = pytest.importorskip("torch")
+merge = pytest.importorskip("isoform.reference.torch.attention").merge
 
 OPTIONS = {
     "causal": True,
@@ -101,3 +102,21 @@ def test_a_gpu_agrees_with_the_reference(dtype: str, tolerance: float) -> None:
     expected += local.differentiate(dout, *rounded, expected[1], delta, options("cpu"))
     for found, wanted in zip(block("cuda", dtype), expected, strict=True):
         torch.testing.assert_close(found.cpu(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_into_the_first_of_two_is_merging(dtype):
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    (out_a, lse_a), (out_b, lse_b) = ((drawn(2, 5, 3, 4).to(dtype), drawn(2, 3, 5)) for _ in "ab")
+    lse_a[0, 0, :2], lse_b[0, 0, 1:3] = -torch.inf, -torch.inf
+    lse_a[1, 1, 0], lse_b[1, 1, 1] = 200.0, 200.0
+    out_a[0, :2, 0], out_b[0, 1:3, 0] = 0.0, 0.0
+    right = merge(out_a.float(), lse_a, out_b.float(), lse_b)
+    out, lse = local.merge_into(out_a, lse_a, out_b, lse_b)
+    assert out.dtype == lse.dtype == torch.float32
+    torch.testing.assert_close(lse, right[1])
+    torch.testing.assert_close(out, right[0])

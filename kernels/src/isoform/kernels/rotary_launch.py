@@ -147,7 +147,7 @@ def told(turn: Turn, arrays: Mapping[str, Lying]) -> Told:
     passing = width(x.dtype, rows, turn.rotary_dim, through)
     if passing < VECTOR_BYTES // SIZES[x.dtype]:
         vector = passing = min(vector, passing)
-    columns = pairs // vector + through // passing
+    columns = pairs // vector + (through // passing + 1) // 2
     tokens = tokens_of_a_block(B * L, (H + other_heads) * columns, pairs)
 
     packed = np.zeros((), ARGUMENTS)
@@ -206,7 +206,7 @@ def tokens_of_a_block(tokens: int, units: int, pairs: int) -> int:
 
     Args:
         tokens: B · L, of the whole call.
-        units: Vectors to turn or to copy, of all heads of one token.
+        units: Pairs of vectors to turn or to copy, of all heads of one token.
         pairs: d/2, whose cosines and sines are kept in shared memory.
     """
     room = SHARED_BYTES // (2 * pairs * 4 + TOKEN_BYTES)

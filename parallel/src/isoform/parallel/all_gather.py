@@ -47,7 +47,7 @@ def backward(dout: Any, saved: Saved, comm: Communicator, mask: Mask) -> Gradien
     """
     q, k, v, out, lse = saved
     keys, values = gathered(k, comm, mask), gathered(v, comm, mask)
-    delta = local.delta_of(dout, out)
+    delta = None if mask.in_parts(q) else local.delta_of(dout, out)
     options = mask.to_all(comm.rank, q)
     part = local.differentiate(dout, q, keys, values, lse, delta, options, out)
     dk, dv = (

@@ -76,7 +76,7 @@ class Mask:
 
     def to_all(self, rank: int, like: Any) -> dict[str, Any]:
         """The options of attention from one rank's shard to the whole, in its own order."""
-        if self._in_parts(like):
+        if self.in_parts(like):
             own, whole = self.sharding.positions(rank), np.arange(self.sharding.length)
             if (parts := cut(own, whole, causal=self.causal)) is not None:
                 return {"parts": parts, "scale": self.scale}
@@ -98,7 +98,7 @@ class Mask:
             keys: Ranks whose keys they attend to, likewise.
             like: An array of the library and device that the options are for.
         """
-        if self._in_parts(like):
+        if self.in_parts(like):
             own, other = self._places(queries), self._places(keys)
             if (parts := cut(own, other, causal=self.causal)) is not None:
                 return {"parts": parts, "scale": self.scale}
@@ -114,7 +114,7 @@ class Mask:
             options["key_segments"] = as_like(self._segments(keys), like)
         return options
 
-    def _in_parts(self, like: Any) -> bool:
+    def in_parts(self, like: Any) -> bool:
         """Whether plain calls do it, by the fastest kernels, which are not deterministic."""
         places = self.positions is None and self.segments is None
         plain = places and self.window is None and not self.deterministic
@@ -179,12 +179,13 @@ def differentiate(
 ) -> Gradients:
     """What one block of keys gives to ``dq``, and its ``dk`` and ``dv``, at least float32.
 
-    ``out`` is the whole's output, which parts need.
+    Parts need ``out``, the whole's output; whatever else, ``delta``.
     """
     if _on_kernels(q):
         from isoform.kernels.attention import attention_block_backward, attention_saved_backward
 
         if "parts" not in options:
+            delta = delta_of(dout, out) if delta is None else delta
             return Gradients(*attention_block_backward(dout, q, k, v, lse, delta, **options))
         parts, scale = options["parts"], options["scale"]
 
@@ -217,12 +218,30 @@ def delta_of(dout: Any, out: Any) -> Any:
 
 
 def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
-    """Attention to two blocks of keys from that to each (rule EVO-11)."""
+    """Attention to two blocks of keys from that to each, at least float32 (rule EVO-11).
+
+    ``out_a`` may be overwritten.
+    """
+    if _on_kernels(out_a):
+        return merge_into(out_a, lse_a, out_b, lse_b)
     if is_tensor(out_a):
         from isoform.reference.torch.attention import merge as of_tensors
 
         return of_tensors(out_a, lse_a, out_b, lse_b)
     return merge_arrays(out_a, lse_a, out_b, lse_b)
+
+
+def merge_into(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
+    """:func:`merge` of tensors in two passes over ``out_a``, which is overwritten if it is wide."""
+    import torch
+
+    lse = torch.logaddexp(lse_a, lse_b)
+    none_left = lse == -torch.inf
+
+    def share(of: Any) -> Any:
+        return (of - lse).exp_().masked_fill_(none_left, 0.0).transpose(-1, -2)[..., None]
+
+    return widened(out_a).mul_(share(lse_a)).addcmul_(widened(out_b), share(lse_b)), lse
 
 
 def _on_kernels(x: Any) -> bool:

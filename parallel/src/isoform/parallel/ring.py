@@ -70,7 +70,7 @@ def backward(dout: Any, saved: Saved, comm: Communicator, mask: Mask, groups: Gr
         comm, mask, groups: As in the forward.
     """
     q, k, v, out, lse = saved
-    delta = local.delta_of(dout, out)
+    delta = None if mask.in_parts(q) else local.delta_of(dout, out)
     dq: Any = 0
     own: Any = ()
     coming: Transfer | None = None

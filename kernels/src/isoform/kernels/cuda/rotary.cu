@@ -180,6 +180,21 @@ __device__ inline void turn(const Rows &x, int64 from, const Rows &out, int64 to
     store(two, out, to, second);
 }
 
+// Copies vectors of one row that pass through: two of them, if there are two, since what a thread has
+// on its way must hide the latency of memory. They are no numbers here: their bits are kept.
+template <class V>
+__device__ inline void pass(const RotaryArguments &a, const Rows &x, int64 from, const Rows &out,
+                            int64 to, int unit) {
+    const int second = unit + static_cast<int>(a.passing + 1) / 2;
+    const int64 d = 2 * a.pairs + a.passing_width * unit, e = 2 * a.pairs + a.passing_width * second;
+    const V one = load<V>(x, from, d);
+    if (second < a.passing) {
+        const V two = load<V>(x, from, e);
+        store(two, out, to, e);
+    }
+    store(one, out, to, d);
+}
+
 // --- The kernel -----------------------------------------------------------------------------------
 
 struct Token {
@@ -220,9 +235,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER)
     __syncthreads();
 
     // Row by row of all heads of all tokens: threads of one y share a row, and each has some of its
-    // columns, which are units to turn and then vectors to copy.
+    // columns, which are units to turn and then pairs of vectors to copy.
     const int heads = static_cast<int>(a.heads), all_heads = heads + static_cast<int>(a.other_heads);
-    const int units = pairs / WIDTH, columns = units + static_cast<int>(a.passing);
+    const int units = pairs / WIDTH, columns = units + static_cast<int>(a.passing + 1) / 2;
     const int rows = static_cast<int>(blockDim.y), more = rows / all_heads;
     int t = static_cast<int>(threadIdx.y) / all_heads;
     int n = static_cast<int>(threadIdx.y) - t * all_heads;
@@ -237,13 +252,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER)
         for (int column = threadIdx.x; column < columns; column += blockDim.x) {
             if (column < units) {
                 turn(x, from, out, to, column, pairs, cosines + t * pairs, sines + t * pairs);
+            } else if (a.passing_width == WIDTH) {
+                pass<Vector>(a, x, from, out, to, column - units);
             } else {
-                // not a number here: its bits are kept
-                const int64 d = 2 * pairs + a.passing_width * (column - units);
-                if (a.passing_width == WIDTH)
-                    store(load(x, from, d), out, to, d);
-                else
-                    store(load<Widest>(x, from, d), out, to, d);
+                pass<Widest>(a, x, from, out, to, column - units);
             }
         }
     }

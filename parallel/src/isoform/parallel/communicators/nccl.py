@@ -84,13 +84,13 @@ class NCCLCommunicator(Communicator):
         except nccl.NcclError as error:
             raise CommunicationError(f"rank {host.rank} of {host.size}: {error}") from error
 
-    def _shared_id(self) -> tuple[int, ...]:
+    def _shared_id(self) -> bytes:
         """The first rank's name for all of them."""
-        own = np.zeros(ID_BYTES, np.int64)
+        own = np.zeros(ID_BYTES, np.uint8)
         if self.rank == 0:
-            own[:] = self._nccl.get_unique_id()
+            own[:] = np.frombuffer(self._nccl.get_unique_id(), np.uint8)
         first, *_ = self._host.all_gather(own, [own.shape] * self.size, operation="nccl_id")
-        return tuple(int(number) for number in first)
+        return bytes(first)
 
     def _post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Callable[[], None]:
         here, there = ([one for one in parcels if _in_host(one)] for parcels in (sends, receives))
