@@ -10,7 +10,13 @@ sys.path.insert(0, str(ROOT / "docs" / "tools"))
 project = "isoform"
 author = "The isoform authors"
 copyright = author  # noqa: A001  (Sphinx's name for it)
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",
+    "spec_links",  # of docs/tools
+]
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["ref.python"]  # two classes may have an attribute of the same name

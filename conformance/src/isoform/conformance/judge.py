@@ -282,7 +282,7 @@ class _Trial:
             return
         repeated = self.downloaded(again.results)
         different = [name for name in results if not same(results[name], repeated[name])]
-        if self.implementation.capabilities.deterministic:
+        if self.implementation.capabilities.deterministic:  # rules EVO-13, ROT-11, SEQ-13
             message = f"{', '.join(different)} differ from one run to the next"
             yield self.say(group, "determinism", not different, message)
         wrong = [

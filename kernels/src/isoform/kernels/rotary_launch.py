@@ -34,7 +34,7 @@ CAPABILITIES = Capabilities(
     operands=ALL_FEATURES,
     gradients=frozenset(DIFFERENTIABLE),
     lse=False,
-    deterministic=True,  # there is no sum whose order could change
+    deterministic=True,  # there is no sum whose order could change (rule ROT-11)
     memory="linear",
 )
 

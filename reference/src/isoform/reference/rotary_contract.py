@@ -46,7 +46,8 @@ FEATURES: Mapping[str, frozenset[str]] = {
     "layout": frozenset({"layout=interleaved"}),
     "scaling": frozenset(f"scaling={name}" for name in SCALINGS),
 }
-"""What a call can ask for beyond :data:`BASIC`, by argument; capabilities decline it by name."""
+"""What a call can ask for beyond :data:`BASIC`, by argument; capabilities decline it by name (rule
+ROT-10)."""
 
 ALL_FEATURES = BASIC.union(*FEATURES.values())
 

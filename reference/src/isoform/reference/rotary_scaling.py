@@ -8,7 +8,7 @@ number of channels that are turned and ::
 A model that was trained on positions up to L₀ meets angles beyond them that it has never seen. The
 *scalings* here change ω so that it need not. Each is a frozen dataclass, made to be an argument of
 :func:`isoform.reference.numpy.rotary_embedding`; what each does to ω stands in its docstring. Some
-also multiply cosine and sine, and so q·k twice, by an *amplitude*.
+also multiply cosine and sine, and so q·k twice, by an *amplitude*. (Rule ROT-9.)
 
 At position 2²¹ an error in ω counts two million times: what float64 loses in ω, some 10⁻¹⁶, is
 then 10⁻¹⁰ in the angle. That would be enough, but where the cosine is small it is not a small part

@@ -509,6 +509,15 @@ def _mutants() -> Iterator[Mutant]:
         clean=lambda x, real: x,
     )
     yield mutant(
+        "nan-cleaned",
+        "NaN and infinities that are attended to are replaced by numbers",
+        "out/pattern",
+        "values/fp32/nan-attended",
+        operands=lambda given: (
+            given | {name: np.nan_to_num(given[name]) for name in ("q", "k", "v")}
+        ),
+    )
+    yield mutant(
         "padding-gradient",
         "padding gets a gradient",
         "dk/pattern",

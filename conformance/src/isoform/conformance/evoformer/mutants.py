@@ -302,6 +302,15 @@ def _mutants() -> Iterator[Mutant]:
         clean=lambda x, mask: x,
     )
     yield mutant(
+        "nan-cleaned",
+        "NaN and infinities that are attended to are replaced by numbers",
+        "out/pattern",
+        "values/fp32/nan-attended",
+        operands=lambda given: (
+            given | {name: np.nan_to_num(given[name]) for name in ("q", "k", "v")}
+        ),
+    )
+    yield mutant(
         "bias-as-mask",
         "a finite bias below −1e4 is taken for a mask",
         "lse/pattern",

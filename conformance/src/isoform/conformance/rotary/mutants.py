@@ -348,6 +348,13 @@ def _mutants() -> Iterator[Mutant]:
         passing=np.nan_to_num,
     )
     yield mutant(
+        "nan-cleaned",
+        "NaN in channels that are turned is replaced by a number",
+        "out/pattern",
+        "values/fp32/nan-turned",
+        arguments=lambda given: given | {"x": np.nan_to_num(given["x"])},
+    )
+    yield mutant(
         "passing-rounded",
         "the channels that pass through are multiplied by a number near 1",
         "out/condition",
