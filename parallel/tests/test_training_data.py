@@ -132,7 +132,6 @@ def test_shards_are_those_of_the_whole(kind, ranks):
     for name in ("tokens", "labels", "segments"):
         found = sharding.unshard([getattr(shard, name) for shard in shards])
         assert torch.equal(found, getattr(whole, name)), name
-    assert torch.equal()
 
 
 def test_one_window_over_a_border_is_enough_to_have_segments():
@@ -213,9 +212,13 @@ def test_bad_records_are_refused_or_left_out_by_name(tmp_path):
     assert found.skipped == (b, e)
     assert [found.bases[s.start : s.stop].tolist() for s in found.spans] == [[0, 1], [2, 3], [3]]
     assert load(files, tmp_path / "store", bad_records="skip").skipped == (b, e)
-    (worthless,) = written(tmp_path, b">a\n?\n")
-    with pytest.raises(BadFasta, match="stands for no base"):
-        load([worthless], tmp_path / "store", bad_records="skip")
+    for content, said in (
+        (b">a\n?\n", "stands for no base"),
+        (b"ACGT\n", "before the first header"),
+    ):
+        (worthless,) = written(tmp_path, content)
+        with pytest.raises(BadFasta, match=said):
+            load([worthless], tmp_path / "store", bad_records="skip")
 
 
 def test_wrong_calls(tmp_path):

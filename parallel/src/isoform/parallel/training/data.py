@@ -173,7 +173,8 @@ def _write_bases(
                     records.append((event, out.tell()))
                 else:
                     faults.append(event)
-        stops = [*(start for _, start in records[1:]), out.tell()]
+        starts = [start for _, start in records]
+        stops = [*starts, out.tell()][1:]
     bad = {fault.record for fault in faults}
     spans = [
         Span(record.name, start, stop)
