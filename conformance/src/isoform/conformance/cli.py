@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from isoform.conformance.lists import Entry
     from isoform.conformance.ranks import Ranks
     from isoform.conformance.run import Run
+    from isoform.parallel.training.world import World
 
 
 class Code(IntEnum):
@@ -1500,6 +1501,146 @@ def plan(
     if plot is not None:
         _say(f"plot: {plot}")
     raise typer.Exit(Code.PASS if found.ranked else Code.WRONG)
+
+
+@app.command(
+    "train-genome",
+    cls=_Command,
+    epilog=_epilog(
+        "isoform train-genome",
+        "isoform train-genome --fasta genome.fa.gz --steps 2000 -o run --plot curve.png",
+        "torchrun --nproc-per-node 4 --no-python isoform train-genome --config run.toml -o run",
+        "mpiexec -n 4 isoform train-genome --config run.toml -o run",
+        codes=False,
+    ),
+)
+def train_genome(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="A TOML file with tables data, model, switches and training. What it does not say "
+            "is as in the default: a model that a processor trains in minutes.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    fasta: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--fasta",
+            metavar="FILE",
+            help="Train on this genome, not on those that the settings name; gzip too. Several: on "
+            "all of them. [dim]Escherichia coli K-12, if none is named.[/]",
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="The folder of the run: log, checkpoints, and the genome as it is read. One that "
+            "has checkpoints goes on from the last. All ranks must see it.",
+        ),
+    ] = Path("genome-run"),
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", min=1, help="How many, instead of the settings'."),
+    ] = None,
+    device: Annotated[Device, typer.Option("--device", help="Where to train.")] = Device.cpu,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", help="Draw the losses at the end: a .png, .svg or .pdf file."
+        ),
+    ] = None,
+    json: Annotated[
+        str,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write what it came to as JSON; - is the standard output, nothing else there.",
+        ),
+    ] = "",
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only say what it came to; no progress bar.")
+    ] = False,
+) -> None:
+    """Train a language model of a genome, on one processor or on many ranks.
+
+    The last part of the genome is held out, and predicted now and then; so is it by a Markov model
+    of the other part, whose cross entropy is the line to get below.
+
+    Started by torchrun, mpiexec or srun it is one rank of a run: ranks share each sequence, if the
+    settings do not say otherwise. A run that was ended, however, goes on when the same command is
+    given again: bit for bit on as many ranks, to rounding on others.
+
+    Exit codes: 0 trained, 1 ended before that, 2 usage, 130 interrupted.
+    """
+    from isoform.conformance.registry import Unavailable
+
+    try:
+        from isoform.conformance import train_genome as genome
+        from isoform.parallel.communicator import CommunicationError
+        from isoform.parallel.training import checkpoint, loop
+        from isoform.parallel.training import world as worlds
+        from isoform.parallel.training.fasta import BadFasta
+        from isoform.parallel.training.settings import WrongSettings
+    except ModuleNotFoundError as missing:
+        _fail(str(Unavailable("isoform train-genome", missing)))
+    from isoform.conformance.console import console
+    from isoform.reference.contract import Unsupported
+
+    here = worlds.World()
+    try:
+        here = worlds.world()
+        if plot is not None and plot.suffix not in genome.PICTURES:
+            raise WrongSettings(f"--plot must be a {', '.join(genome.PICTURES)} file, got {plot}")
+        _architecture(device)
+        settings = genome.asked(config, fasta or (), steps)
+        to = console(stderr=json == "-")
+        with (
+            worlds.joined(here, device=device) as comm,
+            genome.told(to, settings, quiet=quiet or here.rank > 0) as report,
+        ):
+            found = loop.train(settings, output, comm=comm, device=device, report=report)
+    except (WrongSettings, BadFasta, checkpoint.WrongCheckpoint, Unsupported) as problem:
+        _fail(f"{_rank(here)}{problem}")
+    except (CommunicationError, ImportError) as problem:
+        _fail(f"{_rank(here)}{problem}")
+    except OSError as problem:
+        _fail(f"{_rank(here)}{problem.filename or 'a file'}: {problem.strerror or problem}")
+    except loop.Diverged as problem:
+        _fail(f"{_rank(here)}{problem}", Code.WRONG)
+    except KeyboardInterrupt:
+        _fail(
+            f"{_rank(here)}interrupted; the same command goes on from the last checkpoint",
+            Code.INTERRUPTED,
+        )
+    except RuntimeError as problem:
+        if here.ranks == 1:
+            raise
+        _fail(  # what torch.distributed says of a rank that is gone
+            f"{_rank(here)}{problem}; the same command goes on from the last checkpoint",
+            Code.WRONG,
+        )
+    if here.rank > 0:
+        return
+    log = output / loop.LOG
+    genome.print_outcome(to, found, settings.data.markov, log)
+    if plot is not None:
+        with _written_to(plot):
+            genome.draw(plot, loop.read_log(log))
+        _say(f"plot: {plot}")
+    _write_json(genome.as_json(found, settings.data.markov), json)
+
+
+def _rank(here: World) -> str:
+    """Whose message it is, where there are several ranks."""
+    return f"rank {here.rank}: " if here.ranks > 1 else ""
 
 
 @app.command(

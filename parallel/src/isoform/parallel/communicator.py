@@ -349,16 +349,14 @@ class Communicator(ABC):
             MismatchError: Ranks differ; every fact that differs is named, with its values.
         """
         text = json.dumps(facts, sort_keys=True, default=str).encode()
-        digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+        digest = _writable(hashlib.sha256(text).digest())
         digests = self.all_gather(digest, [digest.shape] * self.size, operation="agree")
         if all((other == digest).all() for other in digests):
             return
         # All ranks have seen that two differ, so all of them are here.
         size = np.array([len(text)], np.int64)
         sizes = self.all_gather(size, [size.shape] * self.size, operation="agree")
-        texts = self.all_gather(
-            np.frombuffer(text, np.uint8), [(int(n[0]),) for n in sizes], operation="agree"
-        )
+        texts = self.all_gather(_writable(text), [(int(n[0]),) for n in sizes], operation="agree")
         raise MismatchError(_differences([json.loads(bytes(text)) for text in texts]))
 
     def barrier(self) -> None:
@@ -369,6 +367,11 @@ class Communicator(ABC):
     def _check_count(self, name: str, items: Sequence[Any]) -> None:
         if len(items) != self.size:
             raise ValueError(f"there must be {self.size} {name}, one per rank, got {len(items)}")
+
+
+def _writable(text: bytes) -> Any:
+    """Bytes as an array that may be written, which PyTorch insists on even where it only reads."""
+    return np.frombuffer(bytearray(text), np.uint8)
 
 
 def _differences(facts: Sequence[Mapping[str, Any]]) -> str:

@@ -247,6 +247,7 @@ class Run:
             "device": self.device,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "files": [path.name for path in data.fasta],
             "records": len(self.training_part.spans),
             "skipped": list(self.skipped),
             "bases": self.training_part.length,

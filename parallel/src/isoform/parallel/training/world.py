@@ -95,12 +95,15 @@ def joined(
     from isoform.parallel.communicators.torch_distributed import TorchCommunicator, load
 
     dist = load()
+    limit = datetime.timedelta(seconds=patience)
+    # torchrun's store outlives a restart: ranks must not find addresses of those before them there
+    store, _, _ = next(dist.rendezvous(_meeting(here), here.rank, here.ranks, timeout=limit))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        init_method="tcp://{}:{}".format(*_meeting(here)),
+        store=dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store),
         rank=here.rank,
         world_size=here.ranks,
-        timeout=datetime.timedelta(seconds=patience),
+        timeout=limit,
     )
     try:
         comm = TorchCommunicator()
@@ -120,14 +123,16 @@ def _take_gpu(here: World) -> None:
     torch.cuda.set_device(here.local)
 
 
-def _meeting(here: World, environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Host and port where rank 0 waits for the others."""
+def _meeting(here: World, environment: Mapping[str, str] = os.environ) -> str:
+    """Where rank 0 waits for the others, as PyTorch wants it said."""
+    if here.starter == "torchrun":
+        return "env://"
     if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        return "tcp://{MASTER_ADDR}:{MASTER_PORT}".format_map(environment)
     if here.starter == "srun":
         # one port for each step of a job, which other jobs on the node are unlikely to take
         step = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
-        return first_host(environment["SLURM_STEP_NODELIST"]), 20_000 + step % 12_000
+        return f"tcp://{first_host(environment['SLURM_STEP_NODELIST'])}:{20_000 + step % 12_000}"
     try:
         from mpi4py import MPI
     except ModuleNotFoundError as missing:
@@ -135,10 +140,9 @@ def _meeting(here: World, environment: Mapping[str, str] = os.environ) -> tuple[
             "ranks that mpiexec starts meet through mpi4py: install it with 'pip install "
             '"isoform[mpi]"\', or set MASTER_ADDR and MASTER_PORT to a host and a free port of it'
         ) from missing
-    mine = None
+    mine = ""
     if here.rank == 0:
         with socket.socket() as free:
             free.bind(("", 0))
-            mine = (socket.gethostname(), free.getsockname()[1])
-    host, port = MPI.COMM_WORLD.bcast(mine)
-    return str(host), int(port)
+            mine = f"tcp://{socket.gethostname()}:{free.getsockname()[1]}"
+    return str(MPI.COMM_WORLD.bcast(mine))
