@@ -80,3 +80,22 @@ def test_too_few_gpus_are_told(capsys):
     with pytest.raises(SystemExit):
         scaling.main(["--ranks", "0"])
     assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_the_axial_benchmark_runs_where_there_is_no_gpu(monkeypatch):
+    """All but the kernels: what it times there is no use."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    axial = pytest.importorskip("isoform.parallel.benchmark.axial")
+
+    class Threads:
+        ranks, transport = 2, "simulated"
+
+        def run(self, function, *args, limit):
+            return simulate(function, 2, *args)
+
+    one, ours = axial.measure(Threads(), [axial.Sizes(5, 7)], {}, 1, "cpu")
+    assert (one.ranks, one.competitor, ours.ranks) == (1, "one GPU", 2)
+    assert one.bytes == 0 < ours.bytes
+    assert ours.efficiency > 0 and ours.exposed_s is not None
+    assert axial.main(["--ranks", "4096"]) == 3

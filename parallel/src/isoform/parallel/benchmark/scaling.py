@@ -159,24 +159,40 @@ def _once(
 ) -> Seconds:
     import torch
 
-    marks = _marks(3)
+    clock = marks(3)
     torch.cuda.synchronize()
     if not alone:
         comm.barrier()
-    marks[0].record()
+    clock[0].record()
     _, backward = forward(*operands)
-    marks[1].record()
+    clock[1].record()
     backward(dout)
-    marks[2].record()
+    clock[2].record()
     torch.cuda.synchronize()
-    return Seconds(*(1e-3 * start.elapsed_time(end) for start, end in pairwise(marks)))
+    return Seconds(*(1e-3 * start.elapsed_time(end) for start, end in pairwise(clock)))
 
 
-def _marks(count: int) -> list[Any]:
+class Mark:
+    """A moment where there is no GPU, as ``torch.cuda.Event`` is one on a GPU's stream."""
+
+    at = 0.0
+
+    def record(self) -> None:
+        """It is now."""
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Mark) -> float:
+        """Milliseconds until ``end``."""
+        return 1e3 * (end.at - self.at)
+
+
+def marks(count: int) -> list[Any]:
     """Moments on the GPU's stream, to be recorded."""
-    from torch.cuda import Event
+    import torch
 
-    event: Callable[..., Any] = Event
+    if not torch.cuda.is_available():
+        return [Mark() for _ in range(count)]
+    event: Callable[..., Any] = torch.cuda.Event
     return [event(enable_timing=True) for _ in range(count)]
 
 
@@ -290,13 +306,13 @@ def bandwidth(comm: Communicator, size: int = 1 << 28) -> float:
     for _ in range(4):
         torch.cuda.synchronize()
         comm.barrier()
-        marks = _marks(2)
-        marks[0].record()
+        clock = marks(2)
+        clock[0].record()
         after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
         comm.exchange([(after, sent)], [(before, got)]).wait()
-        marks[1].record()
+        clock[1].record()
         torch.cuda.synchronize()
-        best = max(best, size / (1e-3 * marks[0].elapsed_time(marks[1])))
+        best = max(best, size / (1e-3 * clock[0].elapsed_time(clock[1])))
     return best
 
 
@@ -493,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = line.parse_args(arguments)
     if asked.ranks < 1 or asked.rounds < 1 or asked.simulated < 0:
         line.error("--ranks and --rounds must be at least 1, --simulated not negative")
-    if why := _missing(1 if asked.simulated else asked.ranks):
+    if why := missing(1 if asked.simulated else asked.ranks):
         print(why, file=sys.stderr)  # noqa: T201
         return 3
 
@@ -517,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _missing(ranks: int) -> str:
+def missing(ranks: int) -> str:
     """Why this cannot be run here; empty if it can."""
     try:
         import torch
