@@ -118,7 +118,8 @@ def timed(
 
     def forward() -> tuple[Any, Any]:
         if base == ONE:
-            return block(msa, pair)
+            whole: tuple[Any, Any] = block(msa, pair)
+            return whole
         from isoform.parallel.axial import evoformer_block
 
         return evoformer_block(
