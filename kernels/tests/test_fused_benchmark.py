@@ -6,11 +6,22 @@ import pytest
 
 from isoform.kernels.benchmark import calls, command, fused, table
 from isoform.kernels.benchmark.calls import Call, Measured
-from isoform.kernels.benchmark.fused import BENCHMARK, CASES, COMPILED, COPY, ELEMENTARY, LIBRARY
+from isoform.kernels.benchmark.fused import (
+    BENCHMARK,
+    CASES,
+    COMPILED,
+    COPY,
+    ELEMENTARY,
+    LIBRARY,
+    OURS,
+    TUNED,
+)
 from isoform.kernels.benchmark.records import Record, Surroundings
 from isoform.kernels.benchmark.timing import Sampled
 
 torch = pytest.importorskip("torch")
+
+from isoform.reference.torch import fused as reference  # noqa: E402
 
 AROUND = Surroundings("2026-11-24T00:00:00+00:00", "abc", "a card", "580", {})
 BY_NAME = {case.name: case for case in CASES}
@@ -38,8 +49,19 @@ def processor(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100)
 
 
+LENT = {
+    fused.our_bias_gelu: reference.bias_gelu,
+    fused.our_bias_dropout_residual: lambda *operands: reference.bias_dropout_residual(
+        *operands, fused.DROPPED, seed=3
+    ),
+}
+"""What a processor has for our kernels."""
+
+
 def small(case):
-    return replace(case, shape=(1, 2, 24, 24) if len(case.shape) == 4 else (500, 64))
+    operation = replace(case.operation, ours=LENT.get(case.operation.ours))
+    shape = (1, 2, 24, 24) if len(case.shape) == 4 else (500, 64)
+    return replace(case, shape=shape, operation=operation)
 
 
 def measured(forward, backward=None):
@@ -71,7 +93,10 @@ def test_every_competitor_computes_the_same(processor, name):
     ran = fused.run(small(BY_NAME[name]), AROUND, 2, quick=False)
     assert [one.not_run for one in ran] == [""] * len(ran)
     by_name = {one.competitor: one for one in ran}
-    assert {ELEMENTARY, COMPILED, COPY} <= set(by_name)
+    compiled = TUNED if BY_NAME[name].tuned else COMPILED
+    assert {ELEMENTARY, compiled, COPY} <= set(by_name)
+    assert (OURS in by_name) == ("bias" in name)
+    assert {one.competitor for one in ran if one.ours} == {OURS} & set(by_name)
     assert (LIBRARY in by_name) == ("norm" in name)
     for one in ran:
         assert one.forward_ms.median == 1.0
@@ -79,7 +104,7 @@ def test_every_competitor_computes_the_same(processor, name):
             # on a processor, PyTorch sums some of LayerNorm's gradients in bfloat16
             assert one.difference < (1e-5 if one.dtype == "float32" else 0.05)
     assert by_name[COPY].backward_ms is None and by_name[COPY].forward_floor is None
-    assert by_name[COMPILED].peak_bytes == 42
+    assert by_name[compiled].peak_bytes == 42
 
 
 def test_what_computes_something_else_is_not_timed(processor):
@@ -145,6 +170,14 @@ def test_the_fastest_of_each_pass_wins():
     assert backward.share == 0.75
 
 
+@pytest.mark.parametrize(("ms", "kept"), [(1.5, "kept"), (1.81, "kept"), (1.9, "not to be kept")])
+def test_ours_is_kept_where_it_is_faster_by_a_tenth(ms, kept):
+    """It is no reason to say that there is no room."""
+    forward, _ = fused.verdicts(found(1.0, compiled=(2.0, 2.0), isoform=(ms, 1.0)))
+    assert (forward.best, forward.room, forward.ours_ms) == (COMPILED, True, ms)
+    assert str(forward).endswith(f"faster by {2 / ms - 1:.0%}, {kept}")
+
+
 def test_a_copy_that_was_not_timed_gives_no_floor():
     times = {COPY: Measured(not_run="waits"), COMPILED: measured(1.0, 1.0)}
     ran = fused.records_of(BY_NAME["layer-norm-2560"], AROUND, times)
@@ -156,7 +189,7 @@ def test_the_table_says_who_wins_and_where_there_is_room():
     ran = found(1.0, elementary=(9.0, 9.0), library=(1.0, 3.0), compiled=(1.1, 2.0))
     text = table.filled(f"{begin}\n{end}\n", ran, "fused")
     assert (
-        "| layer-norm-2560 | 9 / 9 | 1 / 3 | 1.1 / 2 | – | 1 / 1.5 "
+        "| layer-norm-2560 | 9 / 9 | 1 / 3 | 1.1 / 2 | – | – | 1 / 1.5 "
         "| library, 100% | compiled, 75%, room |" in text
     )
 
@@ -183,13 +216,34 @@ def test_a_run_is_recorded_and_told(processor, monkeypatch, tmp_path, capsys):
     tiny = replace(BENCHMARK, cases=[small(BY_NAME["bias-gelu-2560"])])
     path = tmp_path / "fused.jsonl"
     assert tiny.main(["--record", str(path), "--quick"]) == 0
-    assert {one.competitor for one in records.read(path)} == {ELEMENTARY, COMPILED, COPY}
+    assert {one.competitor for one in records.read(path)} == {ELEMENTARY, COMPILED, OURS, COPY}
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 3
+    assert len(said.out.splitlines()) == 4
     assert said.err.splitlines()[-1].startswith("bias-gelu-2560 backward: ")
     assert tiny.main(["--json", "--rounds", "1"]) == 0
     for line in capsys.readouterr().out.splitlines():
         Record.from_json(line)
+
+
+def test_every_operation_comes_before_any_comes_twice(capsys):
+    first = CASES[: len({case.operation for case in CASES}) - 1]  # softmax with padding comes last
+    assert len({case.operation for case in first}) == len(first)
+    assert all(case.tuned for case in first) and not any(case.tuned for case in CASES[len(first) :])
+
+
+def test_no_case_is_begun_late(processor, monkeypatch, tmp_path, capsys):
+    from isoform.kernels.benchmark import __main__, records
+
+    monkeypatch.setattr(__main__, "no_gpu", lambda: "")
+    monkeypatch.setattr(command, "surroundings", lambda commit: AROUND)
+    names = ("rms-norm-2560", "bias-gelu-2560", "rms-norm-1024")
+    some = replace(BENCHMARK, cases=[small(BY_NAME[name]) for name in names], seconds=90)
+    clock = iter([0.0, 0.0, 89.0, 91.0])
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    path = tmp_path / "fused.jsonl"
+    assert some.main(["--record", str(path)]) == 0
+    assert {one.case for one in records.read(path)} == set(names[:2])
+    assert "not begun after 90 s: rms-norm-1024" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

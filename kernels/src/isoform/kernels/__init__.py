@@ -14,6 +14,7 @@ from isoform.kernels.attention import (
     explain_attention,
 )
 from isoform.kernels.evoformer import evoformer_attention, evoformer_attention_backward, explain
+from isoform.kernels.fused import bias_dropout_residual, bias_gelu
 from isoform.kernels.rotary import (
     rotary_embedding,
     rotary_embedding_,
@@ -29,6 +30,8 @@ __all__ = [
     "attention_block_backward",
     "attention_saved_backward",
     "attention_vjp",
+    "bias_dropout_residual",
+    "bias_gelu",
     "evoformer_attention",
     "evoformer_attention_backward",
     "explain",

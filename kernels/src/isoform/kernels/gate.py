@@ -25,10 +25,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from isoform.kernels import (
     attention_plain,
     attention_tensor,
+    fused_launch,
     instructions,
     plain,
     rotary_launch,
@@ -53,7 +55,7 @@ REGISTERS_AT_A_TIME = 8
 INSTRUCTIONS = "instruction_counts.jsonl"
 """The name of the second record, in the folder of the first."""
 
-NEVER_SPILL = ("evoformer_tensor_", "attention_tensor_", "rotary ")
+NEVER_SPILL = ("evoformer_tensor_", "attention_tensor_", "rotary ", "bias_")
 """How the names of variants begin whose kernels may not spill a register."""
 
 Figures = dict[str, dict[str, Resources]]
@@ -113,6 +115,7 @@ def variants() -> list[Variant]:
         *_plain(),
         *(one for name in tensor.PASSES for one in _tensor(name)),
         *_rotary(),
+        *_fused(),
         *_attention(),
     ]
 
@@ -165,6 +168,31 @@ def _rotary() -> Iterator[Variant]:
             yield one(float32, vector, interleaved, "sm_90")
 
 
+def _fused() -> Iterator[Variant]:
+    """As of the rotary kernel: rows of any kind on an architecture, on each those of a model."""
+    bfloat16, float32 = (plain.ELEMENTS[dtype] for dtype in ("bfloat16", "float32"))
+    everywhere = ("sm_75", *ARCHITECTURES)
+    for function in (fused_launch.gelu(True), fused_launch.gelu(False), fused_launch.dropout(0)):
+
+        def one(element: int, vector: int, architecture: str, chosen: Any = function) -> Variant:
+            defines = {"ELEMENT": element, "WIDTH": vector, **dict(chosen.defines)}
+            return Variant(chosen.source, defines, architecture)
+
+        for architecture in everywhere:
+            yield one(bfloat16, 8, architecture)
+            yield one(float32, 4, architecture)
+        yield one(plain.ELEMENTS["float16"], 8, "sm_90")
+        for vector in (1, 2, 4):
+            yield one(bfloat16, vector, "sm_90")
+        for vector in (1, 2):
+            yield one(float32, vector, "sm_90")
+    for element in plain.ELEMENTS.values():
+        yield Variant("column_sums", {"ELEMENT": element}, "sm_90")
+    for architecture in everywhere:
+        if architecture != "sm_90":
+            yield Variant("column_sums", {"ELEMENT": bfloat16}, architecture)
+
+
 def _attention() -> Iterator[Variant]:
     """Each head dim with positions on each architecture, and those that models have without them,
     too; the plain kernel in each element type.
@@ -201,9 +229,9 @@ def spills(figures: Figures) -> list[str]:
     """The kernels of :data:`NEVER_SPILL` that do, a sentence each.
 
     The inner loops of tensor-core kernels are as fast as registers are, and a tile that does not
-    fit is one to be cut smaller in :data:`isoform.kernels.tensor.GEOMETRIES`. The rotary kernel is
-    to do nothing with memory but read and write its rows. The plain kernel's figures are recorded,
-    as all are, but it may spill.
+    fit is one to be cut smaller in :data:`isoform.kernels.tensor.GEOMETRIES`. The rotary kernel and
+    those of biases are to do nothing with memory but read and write their rows. The plain kernel's
+    figures are recorded, as all are, but it may spill.
     """
     return [
         f"{variant}: {kernel} spills {taken.spill_stores} bytes and reads {taken.spill_loads} back"

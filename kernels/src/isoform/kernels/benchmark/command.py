@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,7 @@ class Benchmark(Generic[AnyCase]):
         rounds: Turns of each competitor, and with ``--quick``.
         run: Times a case: given where and when this is, the turns, and whether it is to be quick.
         conclude: What follows from all records, a line each.
+        seconds: After how many no further case is begun, unless that is said.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Benchmark(Generic[AnyCase]):
     rounds: tuple[int, int]
     run: Callable[[AnyCase, Surroundings, int, bool], tuple[Record, ...]]
     conclude: Callable[[Iterable[Record]], Iterable[Any]]
+    seconds: float = math.inf
 
     def parser(self) -> argparse.ArgumentParser:
         """The command line."""
@@ -68,6 +72,13 @@ class Benchmark(Generic[AnyCase]):
             help="only cases whose name matches; may be given several times",
         )
         made.add_argument("--rounds", type=int, help=f"turns of each, {rounds} if not said")
+        made.add_argument(
+            "--seconds",
+            type=float,
+            default=self.seconds,
+            metavar="S",
+            help=f"begin no case after so many, and say which are left; {self.seconds} if not said",
+        )
         made.add_argument(
             "--quick",
             action="store_true",
@@ -111,7 +122,12 @@ class Benchmark(Generic[AnyCase]):
         around = surroundings(asked.commit)
         rounds = asked.rounds or self.rounds[asked.quick]
         records: list[Record] = []
-        for case in chosen:
+        begun = time.monotonic()
+        for place, case in enumerate(chosen):
+            if time.monotonic() - begun > asked.seconds:
+                left = ", ".join(one.name for one in chosen[place:])
+                print(f"not begun after {asked.seconds:g} s: {left}", file=sys.stderr)  # noqa: T201
+                break
             found = self.run(case, around, rounds, asked.quick)
             if asked.record:
                 append(asked.record, found)

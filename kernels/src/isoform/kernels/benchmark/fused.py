@@ -3,8 +3,11 @@
 LayerNorm, RMSNorm, bias and GeLU, bias, dropout and residual, and the masked softmax of attention
 that is not fused. All are limited by memory: their floor is what they must read and write, at the
 rate of a copy that is timed in the same turns. Timed are PyTorch's elementary operations, its own
-fused function where it has one, and what ``torch.compile`` makes of that. No kernel of ours is
-among them: docs/decisions/0013 says when one would be written. See ``--help``::
+fused function where it has one, what ``torch.compile`` makes of that, and ours where there is one:
+docs/decisions/0013 says when one is written, and when kept.
+
+What takes time is to compile, so each operation is compiled for longer at one size, in place of the
+plain way, and those sizes come first. No case is begun after some seconds. See ``--help``::
 
     python -m isoform.kernels.benchmark.fused --record ci/results/fused_benchmarks.jsonl
 """
@@ -28,6 +31,9 @@ from isoform.kernels.benchmark.records import Record, Surroundings
 ROUNDS, QUICK_ROUNDS = 5, 3
 """Turns of each competitor."""
 
+BEGUN_S = 90
+"""After how many seconds no further case is begun."""
+
 REACHED = 0.9
 """Of a copy's bandwidth, what a kernel written by hand reaches: the rotary kernel is held to it."""
 
@@ -38,7 +44,7 @@ TOKENS = 131072
 EPSILON = 1e-5
 DROPPED = 0.1
 
-COPY, ELEMENTARY, LIBRARY = "copy", "elementary", "library"
+COPY, ELEMENTARY, LIBRARY, OURS = "copy", "elementary", "library", "isoform"
 COMPILED, TUNED = "compiled", "compiled, max-autotune"
 MODES = {COMPILED: "default", TUNED: "max-autotune-no-cudagraphs"}
 
@@ -89,6 +95,20 @@ def bias_dropout_residual(x: Any, bias: Any, residual: Any) -> Any:
     return residual + dropout(x + bias, DROPPED, training=True)
 
 
+def our_bias_gelu(x: Any, bias: Any) -> Any:
+    """The same by our kernel."""
+    from isoform.kernels import bias_gelu
+
+    return bias_gelu(x, bias)
+
+
+def our_bias_dropout_residual(x: Any, bias: Any, residual: Any) -> Any:
+    """``residual + dropout(x + bias)`` by our kernel, which draws a seed in each call."""
+    from isoform.kernels import bias_dropout_residual
+
+    return bias_dropout_residual(x, bias, residual, DROPPED)
+
+
 def masked_softmax(scores: Any, masked: Any) -> Any:
     """Probabilities over the last axis of ``scale · scores`` where not ``masked``, in float32."""
     import torch
@@ -128,6 +148,7 @@ class Operation:
         residual: Whether there is another array of the activations' size, after those.
         masked: Which scores are not looked at: ``"causal"``, ``"padding"``, or none.
         library: By a fused function of PyTorch's, if there is one.
+        ours: By a kernel of ours, if there is one.
         expected: What results and gradients have to be, where equal calls differ.
     """
 
@@ -137,14 +158,20 @@ class Operation:
     residual: bool = False
     masked: str = ""
     library: Callable[..., Any] | None = None
+    ours: Callable[..., Any] | None = None
     expected: Callable[[Sequence[Any], Sequence[Any], Any], list[Any]] | None = None
 
 
 LAYER_NORM = Operation(layer_norm, (2, 3), vectors=2, library=library_layer_norm)
 RMS_NORM = Operation(rms_norm, (2, 3), vectors=1, library=library_rms_norm)
-BIAS_GELU = Operation(bias_gelu, (2, 3), vectors=1)
+BIAS_GELU = Operation(bias_gelu, (2, 3), vectors=1, ours=our_bias_gelu)
 BIAS_DROPOUT_RESIDUAL = Operation(
-    bias_dropout_residual, (3, 2), vectors=1, residual=True, expected=as_dropped
+    bias_dropout_residual,
+    (3, 2),
+    vectors=1,
+    residual=True,
+    ours=our_bias_dropout_residual,
+    expected=as_dropped,
 )
 CAUSAL_SOFTMAX = Operation(masked_softmax, (1.5, 2), masked="causal")
 PADDED_SOFTMAX = Operation(masked_softmax, (2, 3), masked="padding")
@@ -163,7 +190,7 @@ class Case:
         shape: Tokens and channels, or B, H, queries and keys.
         dtype: Of the operands.
         quick: Whether ``--quick`` has it.
-        tuned: Whether it is also compiled for longer.
+        tuned: Whether it is compiled for longer, unless ``--quick``.
     """
 
     name: str
@@ -179,22 +206,26 @@ class Case:
         return BYTES[self.dtype] * prod(self.shape)
 
 
-def _of_widths(name: str, operation: Operation) -> Iterator[Case]:
-    """At the widths of genome models; ``--quick`` has the middle one, which is no power of two."""
-    for width in (1024, 2560, 8192):
-        middle = width == 2560
-        yield Case(f"{name}-{width}", operation, (TOKENS, width), quick=middle, tuned=middle)
+def _of_width(width: int, *, first: bool = False) -> Iterator[Case]:
+    """Of the operations on tokens, the likeliest to have room first."""
+    for name, operation in (
+        ("bias-dropout-residual", BIAS_DROPOUT_RESIDUAL),
+        ("bias-gelu", BIAS_GELU),
+        ("layer-norm", LAYER_NORM),
+        ("rms-norm", RMS_NORM),
+    ):
+        yield Case(f"{name}-{width}", operation, (TOKENS, width), quick=first, tuned=first)
 
 
 CASES = (
-    *_of_widths("layer-norm", LAYER_NORM),
-    Case("layer-norm-2560-float32", LAYER_NORM, (TOKENS, 2560), "float32"),
-    *_of_widths("rms-norm", RMS_NORM),
-    *_of_widths("bias-gelu", BIAS_GELU),
-    *_of_widths("bias-dropout-residual", BIAS_DROPOUT_RESIDUAL),
+    *_of_width(2560, first=True),  # which is no power of two
     Case("softmax-causal-4096", CAUSAL_SOFTMAX, (1, 16, 4096, 4096), quick=True, tuned=True),
+    *_of_width(8192),
+    *_of_width(1024),
     Case("softmax-padding-4096", PADDED_SOFTMAX, (1, 16, 4096, 4096)),
+    Case("layer-norm-2560-float32", LAYER_NORM, (TOKENS, 2560), "float32"),
 )
+"""Every operation once, then at further widths of genome models."""
 
 
 @dataclass(frozen=True)
@@ -250,9 +281,10 @@ def functions(case: Case, *, tuned: bool) -> dict[str, Callable[..., Any]]:
     found = {ELEMENTARY: operation.elementary}
     if operation.library:
         found[LIBRARY] = operation.library
-    for name, mode in MODES.items():
-        if name != TUNED or tuned:
-            found[name] = torch.compile(fused, fullgraph=True, dynamic=False, mode=mode)
+    if operation.ours:
+        found[OURS] = operation.ours
+    name = TUNED if tuned else COMPILED
+    found[name] = torch.compile(fused, fullgraph=True, dynamic=False, mode=MODES[name])
     return found
 
 
@@ -287,7 +319,9 @@ def run(case: Case, around: Surroundings, rounds: int, quick: bool) -> tuple[Rec
         with torch.no_grad():
             return given(results, operands.leaves, operands.dout)
 
-    found = measure(makers, rounds, others={COPY: [lambda: copied.copy_(x)]}, expected=expected)
+    found = measure(
+        makers, rounds, ours=(OURS,), others={COPY: [lambda: copied.copy_(x)]}, expected=expected
+    )
     return records_of(case, around, found)
 
 
@@ -303,6 +337,7 @@ def records_of(case: Case, around: Surroundings, found: dict[str, Measured]) -> 
         replace(
             blank if name == COPY else held,
             competitor=name,
+            ours=name == OURS,
             settings={"mode": MODES[name]} if name in MODES else {},
             **measured.fields,
         )
@@ -315,15 +350,16 @@ def records_of(case: Case, around: Surroundings, found: dict[str, Measured]) -> 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a kernel written by hand could win.
+    """Whether a kernel written by hand could win, or does.
 
     Attributes:
         case: The case's name.
         dtype: The operands'.
         what: ``"forward"`` or ``"backward"``.
-        best: Who is fastest.
+        best: Who is fastest, but for ours.
         ms: What that takes.
         floor_ms: What nothing can take less than.
+        ours_ms: What ours takes, if there is one.
     """
 
     case: str
@@ -332,6 +368,7 @@ class Verdict:
     best: str
     ms: float
     floor_ms: float
+    ours_ms: float | None = None
 
     @property
     def share(self) -> float:
@@ -343,11 +380,23 @@ class Verdict:
         """Whether a kernel that reaches :data:`REACHED` would win by :data:`MARGIN`."""
         return self.ms >= (1 + MARGIN) * self.floor_ms / REACHED
 
+    @property
+    def gain(self) -> float | None:
+        """By what share the fastest takes longer than ours; it has to be :data:`MARGIN`."""
+        return None if self.ours_ms is None else self.ms / self.ours_ms - 1
+
     def __str__(self) -> str:
         room = "room for a kernel" if self.room else "no room"
-        return (
+        said = (
             f"{self.case} {self.what}: {self.best}, {self.ms:.4g} ms, "
             f"{self.share:.0%} of the floor: {room}"
+        )
+        if self.ours_ms is None or self.gain is None:
+            return said
+        verdict = "kept" if self.gain >= MARGIN else "not to be kept"
+        return (
+            f"{said}; ours, {self.ours_ms:.4g} ms, {self.floor_ms / self.ours_ms:.0%}: faster by "
+            f"{self.gain:.0%}, {verdict}"
         )
 
 
@@ -362,22 +411,26 @@ def verdicts(records: Iterable[Record]) -> tuple[Verdict, ...]:
         for what in ("forward", "backward"):
             times = {one.competitor: milliseconds(one, what) for one in ran}
             timed = {name: ms for name, ms in times.items() if ms is not None}
+            ours = timed.pop(OURS, None)
             floor = getattr(ran[0], f"{what}_floor")
             if timed and floor is not None:
                 best = min(timed, key=timed.__getitem__)
-                found.append(Verdict(ran[0].case, ran[0].dtype, what, best, timed[best], floor.ms))
+                place = ran[0].case, ran[0].dtype, what
+                found.append(Verdict(*place, best, timed[best], floor.ms, ours))
     return tuple(found)
 
 
 BENCHMARK = Benchmark(
     "fused",
     "Time LayerNorm, RMSNorm, bias and GeLU, bias, dropout and residual, and the masked softmax on "
-    "this GPU, as PyTorch does them: elementary operations, fused functions, torch.compile, and a "
-    "copy, whose bandwidth is the floor. All take turns. About 90 s.",
+    "this GPU, as PyTorch does them: elementary operations, fused functions, torch.compile; by our "
+    "kernel where there is one; and a copy, whose bandwidth is the floor. All take turns. "
+    "Under two minutes.",
     CASES,
     (ROUNDS, QUICK_ROUNDS),
     run,
     verdicts,
+    BEGUN_S,
 )
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _floor(floor: Floor | None) -> str:
 
 def of_fused(records: Iterable[Record]) -> Iterator[Table]:
     """A table for each device: what each takes, and whether there is room for a kernel."""
-    columns = (fused.ELEMENTARY, fused.LIBRARY, fused.COMPILED, fused.TUNED)
+    columns = (fused.ELEMENTARY, fused.LIBRARY, fused.COMPILED, fused.TUNED, fused.OURS)
     heads = ("case", *columns, "floor", "fastest forward", "fastest backward")
     for device, by_case in _by_device(records):
         rows = []
@@ -182,7 +182,10 @@ def _times(ran: Mapping[str, Record], columns: Iterable[str]) -> list[str]:
 
 
 def _verdict(one: fused.Verdict | None) -> str:
-    return "–" if one is None else f"{one.best}, {one.share:.0%}{', room' if one.room else ''}"
+    if one is None:
+        return "–"
+    ours = "" if one.gain is None else f"; ours faster by {one.gain:.0%}"
+    return f"{one.best}, {one.share:.0%}{', room' if one.room else ''}{ours}"
 
 
 TABLES: Mapping[str, Callable[[Iterable[Record]], Iterator[Table]]] = {

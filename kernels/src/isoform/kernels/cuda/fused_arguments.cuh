@@ -1,0 +1,36 @@
+// What the kernels of bias and GeLU, and of bias, dropout and residual, are given: one struct, by
+// value.
+//
+// `isoform/kernels/fused_launch.py` mirrors it field by field; a test holds the two together. All
+// fields are 8 bytes wide: there is no padding to agree about.
+
+#pragma once
+
+#include <cuda/std/cstdint>
+
+using int64 = cuda::std::int64_t;
+using uint64 = cuda::std::uint64_t;
+
+// Activations as they lie: tokens are rows, channels are columns and adjacent.
+struct Matrix {
+    void *data;    // null where there is no such operand
+    int64 stride;  // from one row to the next, in elements; 0 and < 0 are legal
+};
+
+struct FusedArguments {
+    int64 rows, columns;
+
+    Matrix x, residual, dout;
+    Matrix out;  // or dx
+
+    void *bias, *dbias;  // [columns]
+    void *seed;          // one integer of 64 bits, which the host does not look at
+    void *parts;         // [chunks, columns] float: what each chunk of rows adds to dbias
+
+    int64 chunks;     // into which the rows are dealt; each has the same columns summed by one block
+    int64 tiles;      // into which the columns are
+    int64 threshold;  // of 65536 draws, how many are dropped
+};
+
+static_assert(sizeof(FusedArguments) == 2 * 8 + 4 * 16 + 4 * 8 + 3 * 8,
+              "fused_launch.py has another idea of FusedArguments");

@@ -1,0 +1,121 @@
+"""Bias and GeLU, and bias, dropout and residual, on an NVIDIA GPU: the front door.
+
+For PyTorch's CUDA tensors: differentiable once, and under ``torch.compile``. The functions are
+those of ``isoform.reference.torch.fused``, and what is dropped is the same, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from isoform.kernels.choice import REMEDIES
+from isoform.kernels.libraries import is_torch, whereabouts
+from isoform.kernels.plain import ELEMENTS
+from isoform.reference.contract import Unsupported, dtype_name
+from isoform.reference.fused_contract import (
+    check_approximate,
+    check_operands,
+    check_seed,
+    threshold_of,
+)
+
+
+def bias_gelu(x: Any, bias: Any, *, approximate: str = "tanh") -> Any:
+    """GeLU of ``x + bias``; forward and backward read and write each array once.
+
+    Args:
+        x: Activations ``[..., C]``, float32, float16 or bfloat16, a PyTorch tensor on a GPU. Rows
+            that lie evenly apart, each contiguous, are read as they lie; what lies otherwise is
+            copied first.
+        bias: ``[C]``, in x's dtype, on its device.
+        approximate: ``"tanh"`` or ``"none"``, as PyTorch's.
+
+    Returns:
+        ``out [..., C]`` in x's dtype, contiguous.
+
+    Raises:
+        TypeError: An operand's dtype is wrong.
+        ValueError: An operand's shape or device, or ``approximate``, is wrong.
+        Unsupported: The kernel does not do this call; the reasons are all of them.
+        isoform.kernels.compiler.CompilerUnavailable: Kernels cannot be compiled on this machine.
+    """
+    operands = {"x": x, "bias": bias}
+    check_operands(operands)
+    check_approximate(approximate)
+    _require(operands)
+    from isoform.kernels import fused_torch
+
+    return fused_torch.bias_gelu(x, bias, approximate == "tanh")
+
+
+def bias_dropout_residual(
+    x: Any,
+    bias: Any,
+    residual: Any,
+    p: float,
+    *,
+    seed: Any = None,
+    generator: Any = None,
+) -> Any:
+    """``residual + dropout(x + bias)``; forward and backward read and write each array once, and
+    nothing is stored of what was dropped.
+
+    Args:
+        x: As in :func:`bias_gelu`.
+        bias: ``[C]``, in x's dtype, on its device.
+        residual: ``[..., C]``, in x's dtype, on its device.
+        p: The share that is dropped, rounded to a multiple of 1/65536; 0 where nothing is trained.
+        seed: What is dropped is a function of it: an int of 64 bits, or a tensor of one int64 on
+            x's device. Without one it is drawn there, by ``generator``; under ``torch.compile`` too
+            it is another in each call.
+        generator: A generator of x's device; PyTorch's own if there is none.
+
+    Returns:
+        ``out [..., C]`` in x's dtype, contiguous. What is dropped is not looked at.
+
+    Raises:
+        TypeError: An operand's dtype, or the type of another argument, is wrong.
+        ValueError: An operand's shape or device, p or the seed is wrong, or there are both a seed
+            and a generator.
+        Unsupported: As in :func:`bias_gelu`.
+        isoform.kernels.compiler.CompilerUnavailable: Kernels cannot be compiled on this machine.
+    """
+    operands = {"x": x, "bias": bias, "residual": residual}
+    check_operands(operands)
+    threshold = threshold_of(p)
+    if seed is not None and generator is not None:
+        raise ValueError("give a seed or a generator that draws one, not both")
+    if is_torch(seed):
+        _check_seed_tensor(seed, x)
+    elif seed is not None:
+        check_seed(seed)
+    _require(operands)
+    from isoform.kernels import fused_torch
+
+    return fused_torch.bias_dropout_residual(x, bias, residual, threshold, seed, generator)
+
+
+def _check_seed_tensor(seed: Any, x: Any) -> None:
+    if dtype_name(seed) != "int64":
+        raise TypeError(f"seed must be an int, or a tensor of one int64, got {dtype_name(seed)}")
+    if seed.numel() != 1:
+        raise ValueError(f"seed must be one number, got shape {tuple(seed.shape)}")
+    if seed.device != x.device:
+        raise ValueError(f"seed is on {seed.device}, but x is on {x.device}")
+
+
+def _require(operands: Mapping[str, Any]) -> None:
+    """Raise :class:`Unsupported` with every reason why the kernels cannot do this."""
+    x = operands["x"]
+    reasons = []
+    device, _ = whereabouts(x)
+    if device != "cuda":
+        what = f"device {device}"
+        reasons.append(f"{what} (cuda only)" + (f": {REMEDIES[what]}" if what in REMEDIES else ""))
+    if (dtype := dtype_name(x)) not in ELEMENTS:
+        reasons.append(f"dtype {dtype} ({', '.join(sorted(ELEMENTS))} only)")
+    if not is_torch(x):
+        reasons.append(f"{type(x).__module__}.{type(x).__name__} (tensors of PyTorch's only)")
+    if reasons:
+        raise Unsupported(reasons, "isoform.kernels")

@@ -1,0 +1,158 @@
+"""The host side of bias and GeLU, and of bias, dropout and residual: what a call launches.
+
+The device side is ``cuda/bias_gelu.cu``, ``cuda/bias_dropout_residual.cu`` and
+``cuda/column_sums.cu``. What is decided here needs no GPU, so that whoever runs the same source
+elsewhere, as the emulator does, decides alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isoform.kernels.compiler import Define
+from isoform.kernels.launch import Launch, Told, Work, kept
+from isoform.kernels.plain import ELEMENTS
+from isoform.kernels.rotary_launch import VECTOR_BYTES, Lying
+
+MATRIX = np.dtype([("data", "u8"), ("stride", "i8")])
+MATRICES = ("x", "residual", "dout", "out")
+VECTORS = ("bias", "dbias", "seed", "parts")
+ARGUMENTS = np.dtype(
+    [
+        *((name, "i8") for name in ("rows", "columns")),
+        *((name, MATRIX) for name in MATRICES),
+        *((name, "u8") for name in VECTORS),
+        *((name, "i8") for name in ("chunks", "tiles", "threshold")),
+    ]
+)
+"""Mirrors ``FusedArguments`` of ``cuda/fused_arguments.cuh``."""
+
+THREADS, AT_ONCE, LANES = 256, 4, 32
+"""As in the sources: of a block, rows that a thread reads at once, columns of ``column_sums``."""
+
+ACROSS = 32
+"""Threads of a block beside one another: of 16-bit numbers, they read 512 bytes of a row."""
+
+FORWARD_TURNS = 2
+"""How often a block of a forward reads: the bias is read once, and the end is short."""
+
+BACKWARD_BLOCKS = 4096
+"""Of a backward at most. Each leaves a float for each of its columns, which has to stay little
+beside the activations; and there should be several for every place of a GPU, to end together."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """What is computed of each element: all of it that is no array.
+
+    Attributes:
+        source: The source: ``NAME.cu``, whose kernels are ``NAME`` and ``NAME_backward``.
+        backward: Whether it is the backward, which leaves sums over the rows too.
+        defines: Definitions of the source's own.
+        threshold: Of 65536 draws, how many are dropped.
+    """
+
+    source: str
+    backward: bool
+    defines: tuple[tuple[str, Define], ...] = ()
+    threshold: int = 0
+
+
+def gelu(tanh: bool, *, backward: bool = False) -> Function:
+    """GeLU of ``x + bias``."""
+    return Function("bias_gelu", backward, (("TANH", int(tanh)),))
+
+
+def dropout(threshold: int, *, backward: bool = False) -> Function:
+    """Dropout of ``x + bias``, and the residual added."""
+    return Function("bias_dropout_residual", backward, (), threshold)
+
+
+def chunks_of(function: Function, rows: int, columns: int, width: int) -> int:
+    """Into how many chunks the rows are dealt."""
+    across, down = _threads(columns, width)
+    tiles = -(-columns // (across * width))
+    reads = -(-rows // (down * AT_ONCE))
+    if function.backward:
+        return max(1, min(reads, BACKWARD_BLOCKS // tiles))
+    return max(1, -(-reads // FORWARD_TURNS))
+
+
+def launch(function: Function, arrays: Mapping[str, Lying], scratch: Any, where: Any) -> None:
+    """Launch on the current device; returns before the GPU has done it.
+
+    Args:
+        function: What is computed.
+        arrays: By the names of :data:`MATRICES` and :data:`VECTORS`; matrices are ``[rows,
+            columns]`` with adjacent columns. Those that the function has no use for are missing,
+            as are the ``parts``.
+        scratch: Gives the address of scratch memory, of so many floats.
+        where: The current device, and the stream's address.
+    """
+    device, stream = where
+    key = (function, device, *((name, x.placed) for name, x in arrays.items()))
+    ready = kept(key, lambda: told(function, arrays))
+    parts = [scratch(math.prod(shape)) for shape in ready.scratch.values()]
+    ready.launch([*(x.pointer for x in arrays.values()), *parts], stream)
+
+
+def told(function: Function, arrays: Mapping[str, Lying]) -> Told:
+    """What a call launches, which is nothing where there is no element, and what is told."""
+    one = arrays["dout" if function.backward else "x"]
+    rows, columns = one.shape
+    width = width_of(arrays)
+    chunks = chunks_of(function, rows, columns, width) if columns else 0
+    across, down = _threads(columns, width)
+
+    packed = np.zeros((), ARGUMENTS)
+    packed["rows"], packed["columns"] = rows, columns
+    tiles = -(-columns // (across * width))
+    packed["chunks"], packed["tiles"], packed["threshold"] = chunks, tiles, function.threshold
+    for name, array in arrays.items():
+        if name in MATRICES:
+            packed[name]["data"], packed[name]["stride"] = array.pointer, array.strides[0]
+        else:
+            packed[name] = array.pointer
+
+    element = {"ELEMENT": ELEMENTS[one.dtype]}
+    defines = {**element, "WIDTH": width, **dict(function.defines)}
+    kernel = f"{function.source}{'_backward' if function.backward else ''}"
+    launches = [Launch(function.source, defines, kernel, chunks * tiles, (across, down))]
+    scratch = {}
+    if function.backward:
+        scratch = {"parts": (chunks, columns)}
+        over = -(-columns // LANES)
+        launches.append(Launch("column_sums", element, "column_sums", over, (LANES, LANES)))
+    nothing = not columns or not (rows or function.backward)
+    fields = ARGUMENTS.fields
+    assert fields is not None
+    places = tuple(int(fields[name][1]) for name in (*arrays, *scratch))
+    return Told(Work(() if nothing else tuple(launches), scratch), packed, places)
+
+
+def width_of(arrays: Mapping[str, Lying]) -> int:
+    """How many elements are read at a time: as many as divide every row and where it starts."""
+    matrices = [array for name, array in arrays.items() if name in MATRICES]
+    (size,) = {4 if x.dtype == "float32" else 2 for x in matrices}
+    starts = [*matrices, *(arrays[name] for name in ("bias",) if name in arrays)]
+    if any(x.pointer % size for x in starts):
+        return 1
+    steps = [x.strides[0] for x in matrices if x.shape[0] > 1]
+    return math.gcd(
+        VECTOR_BYTES // size,
+        matrices[0].shape[1],
+        *steps,
+        *(x.pointer // size for x in starts),
+    )
+
+
+def _threads(columns: int, width: int) -> tuple[int, int]:
+    """Of a block: across columns, a power of two, and down the rows."""
+    vectors = max(1, columns // width)
+    across = min(ACROSS, 1 << (vectors - 1).bit_length())
+    return across, THREADS // across

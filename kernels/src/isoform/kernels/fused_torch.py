@@ -1,0 +1,167 @@
+"""Bias and GeLU, and bias, dropout and residual, as operations of PyTorch's: autograd,
+``torch.compile``, fake tensors, export.
+
+Both run on PyTorch's current stream of the operands' device. The seed of what is dropped is a
+tensor there: it is drawn without waiting for the GPU, anew in each call of a compiled graph and in
+each replay of a captured one, and kept for the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoform.kernels.fused_launch import MATRICES, Function, dropout, gelu, launch
+from isoform.kernels.rotary_launch import Lying
+from isoform.kernels.torch_library import LIBRARY, operation
+from isoform.reference.contract import dtype_name
+
+
+def bias_gelu(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    """GeLU of ``x + bias``."""
+    found: Tensor = gelu_forward(x, bias, tanh)
+    return found
+
+
+def bias_dropout_residual(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    threshold: int,
+    seed: Tensor | int | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """``residual + dropout(x + bias)``."""
+    if seed is None:
+        most = 2**62  # no difference of ends overflows, which a compiler of PyTorch's may take
+        seed = torch.randint(most, (1,), dtype=torch.int64, device=x.device, generator=generator)
+    elif isinstance(seed, int):
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        seed = torch.full((1,), signed, dtype=torch.int64, device=x.device)
+    found: Tensor = dropout_forward(x, bias, residual, seed, threshold)
+    return found
+
+
+# --- Launches -------------------------------------------------------------------------------------
+
+
+def _launch(function: Function, **tensors: Tensor) -> None:
+    lying = {
+        name: _as_matrix(t) if name in MATRICES else t.contiguous() for name, t in tensors.items()
+    }
+    arrays = {
+        name: Lying(t.data_ptr(), tuple(t.shape), t.stride(), dtype_name(t))
+        for name, t in lying.items()
+    }
+    out = tensors["out"]
+    device = out.device.index
+    parts: list[Tensor] = []  # kept, as copies in `lying` are, until all is queued on the stream
+
+    def scratch(floats: int) -> int:
+        parts.append(out.new_empty(floats, dtype=torch.float32))
+        return parts[-1].data_ptr()
+
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        launch(function, arrays, scratch, (device, stream))
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    """Rows and columns, adjacent columns: a view if there is one, else a copy."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    columns = x.shape[-1]
+    return x.reshape(x.numel() // columns if columns else 0, columns)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# --- Bias and GeLU --------------------------------------------------------------------------------
+
+
+def _gelu(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    out = _contiguous(x)
+    _launch(gelu(tanh), x=x, bias=bias, out=out)
+    return out
+
+
+def _gelu_backward(dout: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    dx, dbias = _contiguous(x), _contiguous(bias)
+    _launch(gelu(tanh, backward=True), dout=dout, x=x, bias=bias, out=dx, dbias=dbias)
+    return dx, dbias
+
+
+gelu_forward = operation("bias_gelu", _gelu, lambda x, bias, tanh: _contiguous(x))
+gelu_backward = operation(
+    "bias_gelu_backward",
+    _gelu_backward,
+    lambda dout, x, bias, tanh: (_contiguous(x), _contiguous(bias)),
+)
+
+
+def _keep_for_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _differentiate_gelu(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dbias = gelu_backward(dout, *ctx.saved_tensors, ctx.tanh)
+    return dx, dbias, None
+
+
+# --- Bias, dropout and residual -------------------------------------------------------------------
+
+
+def _dropout(x: Tensor, bias: Tensor, residual: Tensor, seed: Tensor, threshold: int) -> Tensor:
+    out = _contiguous(x)
+    _launch(dropout(threshold), x=x, bias=bias, residual=residual, seed=seed, out=out)
+    return out
+
+
+def _dropout_backward(dout: Tensor, seed: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
+    dx, dbias = _contiguous(dout), dout.new_empty(dout.shape[-1])
+    _launch(dropout(threshold, backward=True), dout=dout, seed=seed, out=dx, dbias=dbias)
+    return dx, dbias
+
+
+dropout_forward = operation(
+    "bias_dropout_residual", _dropout, lambda x, bias, residual, seed, threshold: _contiguous(x)
+)
+dropout_backward = operation(
+    "bias_dropout_residual_backward",
+    _dropout_backward,
+    lambda dout, seed, threshold: (_contiguous(dout), dout.new_empty(dout.shape[-1])),
+)
+
+
+def _keep_for_dropout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, seed, ctx.threshold = inputs
+    ctx.save_for_backward(seed)
+
+
+def _differentiate_dropout(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    if not any(ctx.needs_input_grad[:2]):
+        return None, None, dout, None, None
+    dx, dbias = dropout_backward(dout, *ctx.saved_tensors, ctx.threshold)
+    return dx, dbias, dout, None, None
+
+
+def _refuse(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError(
+        "isoform.kernels.bias_gelu and bias_dropout_residual cannot be differentiated twice; those "
+        "of isoform.reference.torch.fused can"
+    )
+
+
+for _name, _backward, _keep in (
+    ("bias_gelu", _differentiate_gelu, _keep_for_gelu),
+    ("bias_dropout_residual", _differentiate_dropout, _keep_for_dropout),
+):
+    torch.library.register_autograd(
+        f"isoform::{_name}", _backward, setup_context=_keep, lib=LIBRARY
+    )
+    torch.library.register_autograd(f"isoform::{_name}_backward", _refuse, lib=LIBRARY)

@@ -1,0 +1,242 @@
+"""What PyTorch must know of the fused operations, and what their front doors refuse, on a CPU.
+
+A CPU has no kernel of them. For these tests it is lent one, by the PyTorch reference, so that all
+that surrounds the kernel is run as on a GPU.
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+# Said by PyTorch 2.11 of itself, when it imports its own compiler.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+from isoform.kernels import bias_dropout_residual, bias_gelu, fused, fused_torch  # noqa: E402
+from isoform.reference.contract import Unsupported  # noqa: E402
+from isoform.reference.fused_contract import DRAWS  # noqa: E402
+from isoform.reference.numpy.fused import normal  # noqa: E402
+from isoform.reference.torch import fused as reference  # noqa: E402
+
+SHAPE = (2, 5, 24)
+
+
+def form(tanh):
+    return "tanh" if tanh else "none"
+
+
+@torch.library.impl("isoform::bias_gelu", "CPU")
+def _(x, bias, tanh):
+    return reference.bias_gelu(x, bias, approximate=form(tanh)).contiguous()
+
+
+@torch.library.impl("isoform::bias_gelu_backward", "CPU")
+def _(dout, x, bias, tanh):
+    below, density = normal((x + bias).double().numpy(), form(tanh))  # autograd is off down here
+    slope = torch.from_numpy(below + (x + bias).double().numpy() * density)
+    dx = (dout * slope).to(x.dtype).contiguous()
+    return dx, dx.flatten(0, -2).sum(0)
+
+
+@torch.library.impl("isoform::bias_dropout_residual", "CPU")
+def _(x, bias, residual, seed, threshold):
+    p = threshold / DRAWS
+    return reference.bias_dropout_residual(x, bias, residual, p, seed=int(seed)).contiguous()
+
+
+@torch.library.impl("isoform::bias_dropout_residual_backward", "CPU")
+def _(dout, seed, threshold):
+    kept = reference.draws(tuple(dout.shape), int(seed)) >= threshold
+    dx = torch.where(kept, dout * (DRAWS / (DRAWS - threshold)), 0).contiguous()
+    return dx, dx.flatten(0, -2).sum(0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CPU counts as a GPU."""
+    monkeypatch.setattr(fused, "whereabouts", lambda x: ("cuda", "sm_90"))
+
+
+def operands(requires_grad=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    shapes = (SHAPE, SHAPE[-1:], SHAPE)
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(requires_grad)
+        for shape in shapes
+    ]
+
+
+SEED = torch.tensor([-5])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    x, bias, residual = operands(requires_grad)
+    torch.library.opcheck(fused_torch.gelu_forward, (x, bias, True))
+    torch.library.opcheck(fused_torch.dropout_forward, (x, bias, residual, SEED, 6554))
+    x, bias, dout = operands(requires_grad=False)
+    torch.library.opcheck(fused_torch.gelu_backward, (dout, x, bias, False))
+    torch.library.opcheck(fused_torch.dropout_backward, (dout, SEED, 6554))
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_and_its_gradients_are_the_references(gpu, approximate):
+    leaves = operands(dtype=torch.float64)[:2]
+    wanted = reference.bias_gelu(*leaves, approximate=approximate)
+    tanh = approximate == "tanh"
+    assert torch.equal(fused_torch.bias_gelu(*leaves, tanh), wanted)
+    torch.autograd.gradcheck(lambda *each: fused_torch.bias_gelu(*each, tanh), leaves)
+    x, bias, _ = operands()
+    out = bias_gelu(x, bias, approximate=approximate)
+    assert torch.equal(out, reference.bias_gelu(x, bias, approximate=approximate))
+
+
+def test_dropout_and_its_gradients_are_the_references(gpu):
+    leaves = operands(dtype=torch.float64)
+    function = lambda *each: fused_torch.bias_dropout_residual(*each, 6554, SEED, None)  # noqa: E731
+    torch.autograd.gradcheck(function, leaves)
+    leaves = operands()
+    wanted = reference.bias_dropout_residual(*leaves, 0.1, seed=7)
+    for seed in (7, torch.tensor(7)):
+        assert torch.equal(bias_dropout_residual(*leaves, 0.1, seed=seed), wanted)
+    assert torch.equal(bias_dropout_residual(*leaves, 0.0), sum(leaves))
+
+
+def test_seeds_of_64_bits_with_and_without_sign(gpu):
+    leaves = operands(requires_grad=False)
+    found = [bias_dropout_residual(*leaves, 0.5, seed=seed) for seed in (-1, 2**64 - 1, 1)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_without_a_seed_each_call_draws_its_own(gpu):
+    leaves = operands(requires_grad=False)
+    generator = torch.Generator()
+
+    def drawn(seed):
+        if seed is None:
+            return bias_dropout_residual(*leaves, 0.5)
+        return bias_dropout_residual(*leaves, 0.5, generator=generator.manual_seed(seed))
+
+    torch.manual_seed(3)
+    first, second = drawn(None), drawn(None)
+    torch.manual_seed(3)
+    assert torch.equal(drawn(None), first) and not torch.equal(first, second)
+    assert torch.equal(drawn(3), drawn(3)) and not torch.equal(drawn(3), drawn(4))
+
+
+def test_forward_and_backward_drop_the_same(gpu):
+    x, bias, residual = operands()
+    out = bias_dropout_residual(x, bias, residual, 0.5)
+    out.sum().backward()
+    assert torch.equal(x.grad != 0, out != residual)
+    assert torch.equal(residual.grad, torch.ones(SHAPE))
+    torch.testing.assert_close(bias.grad, x.grad.sum((0, 1)))
+
+
+def test_where_only_the_residual_has_a_gradient_nothing_is_drawn(gpu, monkeypatch):
+    x, bias, residual = operands(requires_grad=False)
+    out = bias_dropout_residual(x, bias, residual.requires_grad_(), 0.5)
+    monkeypatch.setattr(fused_torch, "dropout_backward", None)
+    out.sum().backward()
+    assert torch.equal(residual.grad, torch.ones(SHAPE))
+
+
+def test_it_compiles_in_one_graph(gpu):
+    def model(x, bias, residual):
+        return 2 * bias_dropout_residual(bias_gelu(x, bias), bias, residual, 0.5)
+
+    torch._dynamo.reset()
+    leaves = operands()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first, second = compiled(*leaves), compiled(*leaves)
+    assert not torch.equal(first, second)  # each call has a seed of its own
+    x, _, residual = leaves
+    first.sum().backward()
+    kept = first != 2 * residual
+    assert torch.equal(x.grad != 0, kept)
+    gelu = reference.bias_gelu(*leaves[:2])
+    torch.testing.assert_close(first, 2 * (residual + 2 * kept * (gelu + leaves[1])))
+
+
+def test_it_is_not_differentiated_twice(gpu):
+    x, bias, residual = operands()
+    for out in (bias_gelu(x, bias), bias_dropout_residual(x, bias, residual, 0.5)):
+        dout = torch.ones_like(out, requires_grad=True)
+        (dx,) = torch.autograd.grad(out, x, dout, create_graph=True)
+        with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+            dx.sum().backward()
+
+
+# --- How operands lie -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "shape", "stride"),
+    [
+        (torch.zeros(2, 3, 8), (6, 8), (8, 1)),
+        (torch.zeros(2, 3, 16)[..., :8], (6, 8), (16, 1)),  # read as they lie
+        (torch.zeros(3, 2, 8).transpose(0, 1), (6, 8), (8, 1)),  # not evenly apart: copied
+        (torch.zeros(8, 6).T, (6, 8), (8, 1)),
+        (torch.zeros(8).expand(6, 8), (6, 8), (0, 1)),
+        (torch.zeros(()).expand(6, 8), (6, 8), (8, 1)),
+        (torch.zeros(8), (1, 8), (8, 1)),
+        (torch.zeros(2, 0, 8), (0, 8), (8, 1)),
+        (torch.zeros(2, 3, 0), (0, 0), (1, 1)),
+    ],
+)
+def test_rows_are_read_as_they_lie_if_evenly_apart(x, shape, stride):
+    found = fused_torch._as_matrix(x)
+    assert found.shape == shape
+    assert found.stride() == stride or 0 in shape or shape[0] == 1
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def test_importing_it_imports_neither_torch_nor_cupy():
+    code = "import sys, isoform.kernels.fused; sys.exit(bool({'torch', 'cupy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_reason_is_given():
+    x, bias, residual = operands(dtype=torch.float64)
+    for call in (
+        lambda: bias_gelu(x, bias),
+        lambda: bias_dropout_residual(x, bias, residual, 0.1),
+    ):
+        with pytest.raises(Unsupported) as raised:
+            call()
+        device, dtype = raised.value.reasons
+        assert device.startswith("device cpu (cuda only): move the operands to a GPU")
+        assert dtype.startswith("dtype float64 (bfloat16, float16, float32 only)")
+    with pytest.raises(Unsupported, match="tensors of PyTorch's only"):
+        bias_gelu(np.zeros((2, 8), "f4"), np.zeros(8, "f4"))
+
+
+def test_a_wrong_call_is_wrong_before_it_is_unsupported():
+    x, bias, residual = operands()
+    for call, raises, says in (
+        (lambda: bias_gelu(x, bias[1:]), ValueError, r"bias must be \[C\] with C=24 of x"),
+        (lambda: bias_gelu(x, bias.double()), TypeError, "bias must be float32, the dtype of x"),
+        (lambda: bias_gelu(x, bias, approximate="erf"), ValueError, "approximate must be one of"),
+    ):
+        with pytest.raises(raises, match=says):
+            call()
+    for wrong, raises, says in (
+        ({"p": 2}, ValueError, "p must be from 0 to 1, got 2"),
+        ({"p": None}, TypeError, "p must be a real number"),
+        ({"residual": x[:1]}, ValueError, r"residual must be of shape \(2, 5, 24\) of x"),
+        ({"seed": 1.5}, TypeError, "seed must be an int, got float"),
+        ({"seed": 2**64}, ValueError, "seed must have 64 bits"),
+        ({"seed": torch.tensor(1.0)}, TypeError, "a tensor of one int64, got float32"),
+        ({"seed": torch.tensor([1, 2])}, ValueError, r"seed must be one number, got shape \(2,\)"),
+        ({"seed": torch.empty(1, dtype=torch.int64, device="meta")}, ValueError, "seed is on meta"),
+        ({"seed": 1, "generator": torch.Generator()}, ValueError, "not both"),
+    ):
+        call = {"x": x, "bias": bias, "residual": residual, "p": 0.1} | wrong
+        with pytest.raises(raises, match=says):
+            bias_dropout_residual(**call)

@@ -1,0 +1,87 @@
+"""The contract of bias and GeLU, and of bias, dropout and residual: which calls are right.
+
+Operands are activations ``[..., C]``, of any axes, and a number for each of C channels. All have
+one dtype and one device.
+
+Dropout is a function of a seed, so that it can be computed again, and tested. Of each element there
+is a draw from 0 to 65535, and those below 65536 p are dropped; the rest is multiplied by the
+inverse of the share of draws that are kept, exactly, so that the expectation is the operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+from isoform.reference.contract import FLOAT_DTYPES, check_arrays, dtype_name
+
+DRAWS = 65536
+"""How many values a draw can have: probabilities are rounded to a multiple of 1/65536."""
+
+APPROXIMATIONS = ("tanh", "none")
+"""Forms of GeLU, by PyTorch's names: by the tangent, or by the error function."""
+
+MULTIPLIERS, INCREMENTS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+"""Of Philox 4x32, the generator of the draws (Salmon et al., SC 2011)."""
+
+
+def check_operands(operands: Mapping[str, Any], *, dtypes: Iterable[str] = FLOAT_DTYPES) -> None:
+    """Check activations and vectors: the first operand says what the others have to be.
+
+    Args:
+        operands: By name, in order; ``bias`` is ``[C]``, all others ``[..., C]``.
+        dtypes: Names of the dtypes to accept.
+
+    Raises:
+        TypeError: An operand is no array, or has the wrong dtype.
+        ValueError: An operand has the wrong shape, or lies elsewhere than the first.
+    """
+    check_arrays(operands)
+    (called, x), *others = operands.items()
+    if dtype_name(x) not in (dtypes := tuple(dtypes)):
+        raise TypeError(f"{called} must be one of {', '.join(dtypes)}, got {dtype_name(x)}")
+    if len(x.shape) < 1:
+        raise ValueError(f"{called} must have axes [..., C], got a number without axes")
+    where = str(getattr(x, "device", "cpu"))
+    for name, operand in others:
+        if dtype_name(operand) != dtype_name(x):
+            raise TypeError(
+                f"{name} must be {dtype_name(x)}, the dtype of {called}, got {dtype_name(operand)}"
+            )
+        wanted = tuple(x.shape[-1:]) if name == "bias" else tuple(x.shape)
+        if tuple(operand.shape) != wanted:
+            axes = f"[C] with C={x.shape[-1]}" if name == "bias" else f"of shape {wanted}"
+            raise ValueError(f"{name} must be {axes} of {called}, got shape {tuple(operand.shape)}")
+        if (there := str(getattr(operand, "device", "cpu"))) != where:
+            raise ValueError(f"{name} is on {there}, but {called} is on {where}")
+
+
+def check_approximate(approximate: str) -> None:
+    """Raise ``ValueError`` unless it is one of :data:`APPROXIMATIONS`."""
+    if approximate not in APPROXIMATIONS:
+        known = ", ".join(APPROXIMATIONS)
+        raise ValueError(f"approximate must be one of {known}, got {approximate!r}")
+
+
+def threshold_of(p: float) -> int:
+    """Of :data:`DRAWS` draws, how many are dropped.
+
+    Raises:
+        TypeError: p is no real number.
+        ValueError: It is no probability.
+    """
+    if isinstance(p, bool) or not isinstance(p, Real):
+        raise TypeError(f"p must be a real number, got {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be from 0 to 1, got {p}")
+    return round(DRAWS * float(p))
+
+
+def check_seed(seed: Any) -> None:
+    """Raise unless ``seed`` is an integer of 64 bits, with or without sign."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must have 64 bits, got {seed}")

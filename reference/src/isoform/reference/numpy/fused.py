@@ -1,0 +1,204 @@
+r"""Bias and GeLU, and bias, dropout and residual, defined: what stands between matrix products.
+
+With u = x + b, b the same for all tokens, the first is GeLU(u) = u Φ(u), Φ the normal distribution
+(Hendrycks and Gimpel, arXiv 1606.08415), of which there are two forms::
+
+    Φ(u) = ½ erfc(−u/√2)                                 approximate="none"
+    Φ(u) = ½ (1 + tanh √(2/π) (u + 0.044715 u³))         approximate="tanh"
+
+The second is residual + m∘u / (1 − p): m is 0 for the share p of all elements that is dropped, and
+the factor keeps the expectation.
+
+Backward
+--------
+u is x shifted, so x has the gradient of u, and b, which is in every token, the sum of it over all::
+
+    u̅ = y̅ (Φ(u) + u Φ'(u))         or   u̅ = y̅∘m / (1 − p)
+    x̅ = u̅        b̅ = Σ_tokens u̅
+
+The residual's gradient is y̅. Of the dropout, the backward needs m alone, and m is a function of the
+seed: it is computed again, and nothing is stored.
+
+The draws
+---------
+Philox is a cipher used as a generator: of a key, the seed, and a counter, the place, it makes 128
+bits that look random, with nothing kept between. A round multiplies two words of the counter, and
+mixes the halves of the products with the other two and the key::
+
+    (c₀, c₁, c₂, c₃) → (hi(M₁c₂) ^ c₁ ^ k₀,  lo(M₁c₂),  hi(M₀c₀) ^ c₃ ^ k₁,  lo(M₀c₀))
+
+Ten rounds make a counter's bits. Token n, all axes but the last taken as one, has for each eight
+channels from 8j on the counter (j, n mod 2³², ⌊n / 2³²⌋, 0), and its four words are eight draws of
+16 bits, the lower half of a word first. An element is dropped where its draw is below 65536 p.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from isoform.reference.fused_contract import (
+    DRAWS,
+    INCREMENTS,
+    MULTIPLIERS,
+    ROUNDS,
+    check_approximate,
+    check_operands,
+    check_seed,
+    threshold_of,
+)
+
+Array = npt.NDArray[Any]
+
+LOW = np.uint64(0xFFFFFFFF)
+HIGH = np.uint64(32)
+
+
+def bias_gelu(x: Array, bias: Array, *, approximate: str = "tanh") -> Array:
+    """GeLU of ``x + bias``, in float64, rounded once.
+
+    Args:
+        x: Activations ``[..., C]``, any float dtype.
+        bias: ``[C]``, in x's dtype.
+        approximate: ``"tanh"`` or ``"none"``.
+
+    Returns:
+        ``out [..., C]`` in x's dtype.
+
+    Raises:
+        TypeError: An operand's dtype is wrong.
+        ValueError: An operand's shape, or ``approximate``, is wrong.
+    """
+    check_operands({"x": x, "bias": bias})
+    check_approximate(approximate)
+    u = _wide(x) + _wide(bias)
+    with np.errstate(over="ignore"):  # of an exponential, whose inverse is 0
+        below, _ = normal(u, approximate)
+    return (u * below).astype(x.dtype)
+
+
+def bias_gelu_backward(
+    dout: Array, x: Array, bias: Array, *, approximate: str = "tanh"
+) -> tuple[Array, Array]:
+    """Gradients of :func:`bias_gelu`, given that of its output.
+
+    Args:
+        dout: Gradient of the loss by ``out``, ``[..., C]``.
+        x, bias, approximate: As in the forward.
+
+    Returns:
+        ``dx [..., C]`` and ``dbias [C]``.
+
+    Raises:
+        TypeError, ValueError: As in the forward.
+    """
+    check_operands({"x": x, "bias": bias, "dout": dout})
+    check_approximate(approximate)
+    u = _wide(x) + _wide(bias)
+    with np.errstate(over="ignore"):
+        below, density = normal(u, approximate)
+    du = _wide(dout) * (below + u * density)
+    return du.astype(x.dtype), _over_tokens(du).astype(x.dtype)
+
+
+def normal(u: Array, approximate: str) -> tuple[Array, Array]:
+    """Φ(u) and Φ'(u)."""
+    if approximate == "none":
+        below = np.asarray(np.frompyfunc(math.erfc, 1, 1)(-u / math.sqrt(2)), np.float64) / 2
+        return below, np.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+    root, cubic = math.sqrt(2 / math.pi), 0.044715
+    v = root * (u + cubic * u**3)
+    below, above = (
+        1 / (1 + np.exp(-2 * each)) for each in (v, -v)
+    )  # (1 ± tanh v) / 2, every digit
+    return below, 2 * below * above * root * (1 + 3 * cubic * u**2)
+
+
+def bias_dropout_residual(x: Array, bias: Array, residual: Array, p: float, *, seed: int) -> Array:
+    """``residual + dropout(x + bias)``, in float64, rounded once.
+
+    Args:
+        x: Activations ``[..., C]``, any float dtype.
+        bias: ``[C]``, in x's dtype.
+        residual: ``[..., C]``, in x's dtype.
+        p: The share that is dropped, rounded to a multiple of 1/65536.
+        seed: What is dropped is a function of it.
+
+    Returns:
+        ``out [..., C]`` in x's dtype. What is dropped is not looked at: NaN there does no harm.
+
+    Raises:
+        TypeError: An operand's dtype, or the type of another argument, is wrong.
+        ValueError: An operand's shape, p or the seed is wrong.
+    """
+    check_operands({"x": x, "bias": bias, "residual": residual})
+    dropped = _dropped(_wide(x) + _wide(bias), p, seed)
+    return (_wide(residual) + dropped).astype(x.dtype)
+
+
+def bias_dropout_residual_backward(
+    dout: Array, p: float, *, seed: int
+) -> tuple[Array, Array, Array]:
+    """Gradients of :func:`bias_dropout_residual`, given that of its output.
+
+    Args:
+        dout: Gradient of the loss by ``out``, ``[..., C]``.
+        p, seed: As in the forward.
+
+    Returns:
+        ``dx [..., C]``, ``dbias [C]``, and ``dresidual``, which is ``dout``.
+
+    Raises:
+        TypeError, ValueError: As in the forward.
+    """
+    check_operands({"dout": dout})
+    du = _dropped(_wide(dout), p, seed)
+    return du.astype(dout.dtype), _over_tokens(du).astype(dout.dtype), dout
+
+
+def draws(shape: tuple[int, ...], seed: int) -> Array:
+    """The draw of every element of an array ``[..., C]``, from 0 to 65535."""
+    check_seed(seed)
+    *tokens, channels = shape
+    n = np.arange(math.prod(tokens), dtype=np.uint64)[:, None]
+    j = np.arange(-(-channels // 8), dtype=np.uint64)[None, :]
+    words = philox(np.broadcast_arrays(j, n & LOW, n >> HIGH, np.zeros((), np.uint64)), seed)
+    halves = [half for word in words for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))]
+    found: Array = np.stack(halves, -1).reshape(len(n), 8 * j.size)[:, :channels].reshape(shape)
+    return found
+
+
+def philox(counter: Any, seed: int) -> list[Array]:
+    """Philox 4x32-10 of counters, four arrays of words of 32 bits: four such arrays."""
+    c0, c1, c2, c3 = counter
+    keys = [seed >> shift & 0xFFFFFFFF for shift in (0, 32)]
+    m0, m1 = (np.uint64(multiplier) for multiplier in MULTIPLIERS)
+    for _ in range(ROUNDS):
+        k0, k1 = (np.uint64(key) for key in keys)
+        first, second = m0 * c0, m1 * c2
+        c0, c1, c2, c3 = (
+            (second >> HIGH) ^ c1 ^ k0,
+            second & LOW,
+            (first >> HIGH) ^ c3 ^ k1,
+            first & LOW,
+        )
+        keys = [key + more & 0xFFFFFFFF for key, more in zip(keys, INCREMENTS, strict=True)]
+    return [c0, c1, c2, c3]
+
+
+def _dropped(u: Array, p: float, seed: int) -> Array:
+    threshold = threshold_of(p)
+    factor = DRAWS / (DRAWS - threshold) if threshold < DRAWS else 0.0
+    return np.where(draws(u.shape, seed) < threshold, 0.0, factor * u)
+
+
+def _over_tokens(du: Array) -> Array:
+    summed: Array = du.reshape(-1, du.shape[-1]).sum(0)
+    return summed
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(np.float64)

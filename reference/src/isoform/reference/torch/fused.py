@@ -1,0 +1,109 @@
+"""Bias and GeLU, and bias, dropout and residual, in PyTorch: :mod:`isoform.reference.numpy.fused`
+once more, differentiable by autograd as often as need be, on any device.
+
+float16 and bfloat16 operands are lifted to float32, and results rounded once. What is dropped is a
+function of the seed, the same as there, bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from isoform.reference.fused_contract import (
+    DRAWS,
+    INCREMENTS,
+    MULTIPLIERS,
+    ROUNDS,
+    check_approximate,
+    check_operands,
+    check_seed,
+    threshold_of,
+)
+
+LOW = 0xFFFFFFFF
+
+
+def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:
+    """GeLU of ``x + bias``.
+
+    Args:
+        x: Activations ``[..., C]``, any float dtype.
+        bias: ``[C]``, in x's dtype.
+        approximate: ``"tanh"`` or ``"none"``.
+
+    Returns:
+        ``out [..., C]`` in x's dtype.
+
+    Raises:
+        TypeError: An operand's dtype is wrong.
+        ValueError: An operand's shape or device, or ``approximate``, is wrong.
+    """
+    check_operands({"x": x, "bias": bias})
+    check_approximate(approximate)
+    return gelu(_wide(x) + _wide(bias), approximate=approximate).to(x.dtype)
+
+
+def bias_dropout_residual(
+    x: Tensor, bias: Tensor, residual: Tensor, p: float, *, seed: int
+) -> Tensor:
+    """``residual + dropout(x + bias)``.
+
+    Args:
+        x: Activations ``[..., C]``, any float dtype.
+        bias: ``[C]``, in x's dtype.
+        residual: ``[..., C]``, in x's dtype.
+        p: The share that is dropped, rounded to a multiple of 1/65536.
+        seed: What is dropped is a function of it.
+
+    Returns:
+        ``out [..., C]`` in x's dtype.
+
+    Raises:
+        TypeError: An operand's dtype, or the type of another argument, is wrong.
+        ValueError: An operand's shape or device, p or the seed is wrong.
+    """
+    check_operands({"x": x, "bias": bias, "residual": residual})
+    threshold = threshold_of(p)
+    factor = DRAWS / (DRAWS - threshold) if threshold < DRAWS else 0.0
+    kept = draws(x.shape, seed, x.device) >= threshold
+    u = _wide(x) + _wide(bias)
+    return (_wide(residual) + torch.where(kept, factor * u, 0)).to(x.dtype)
+
+
+def draws(shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """The draw of every element of an array ``[..., C]``, from 0 to 65535."""
+    check_seed(seed)
+    *tokens, channels = shape
+    n = torch.arange(math.prod(tokens), device=device)[:, None]
+    j = torch.arange(-(-channels // 8), device=device)[None, :]
+    counter = (part.expand(n.numel(), j.numel()) for part in (j, n & LOW, n >> 32, 0 * n))
+    words = philox(tuple(counter), seed)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, -1).flatten(1)[:, :channels].reshape(shape)
+
+
+def philox(counter: tuple[Tensor, ...], seed: int) -> list[Tensor]:
+    """Philox 4x32-10 of counters, four tensors of words of 32 bits: four such tensors.
+
+    Words are held by int64, whose product of two is right modulo 2⁶⁴ and has the halves asked for.
+    """
+    c0, c1, c2, c3 = counter
+    keys = [seed >> shift & LOW for shift in (0, 32)]
+    for _ in range(ROUNDS):
+        first, second = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (
+            (second >> 32 & LOW) ^ c1 ^ keys[0],
+            second & LOW,
+            (first >> 32 & LOW) ^ c3 ^ keys[1],
+            first & LOW,
+        )
+        keys = [key + more & LOW for key, more in zip(keys, INCREMENTS, strict=True)]
+    return [c0, c1, c2, c3]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
