@@ -73,7 +73,7 @@ def calibration(operation: str) -> dict[str, Any]:
 
 
 def budget(operation: str, dtype: str, result: str) -> Budget:
-    """The limits for ``result`` in ``dtype``."""
+    """The limits for ``result`` of ``operation`` in ``dtype``."""
     limits = calibration(operation)["limits"][dtype][result]
     return Budget(**{name: limits[name] for name in SMALLEST})
 
@@ -87,13 +87,13 @@ def digest(operation: Operation) -> str:
 
 
 def result_format(result: str, dtype: str) -> str:
-    """The format a result is returned in: lse is float32 at least (EVO-7)."""
+    """The format a result is returned in, of operands in ``dtype``: lse is float32 at least (EVO-7)."""
     return "float32" if result == "lse" and FORMATS[dtype].digits < 24 else dtype
 
 
 def units(result: str, dtype: str, arithmetic: Arithmetic) -> tuple[float, float]:
-    """Units (u and η) for ``result``: of the format it is returned in; for lse of what the logits
-    are kept in, where that is coarser.
+    """Units (u and η) for ``result`` of operands in ``dtype``: of the format it is returned in; for
+    lse of what the logits are kept in by the declared ``arithmetic``, where that is coarser.
     """
     formats = [FORMATS[result_format(result, dtype)]]
     if result == "lse":

@@ -364,7 +364,8 @@ def _absent(device: str) -> str:
 def judge_invalid_calls(implementation: Implementation, device: str = "cpu") -> list[Outcome]:
     """Whether every wrong call gets the right exception, which names the operand (EVO-12).
 
-    Of the operations that the implementation offers, each has its own wrong calls.
+    Of the operations that the implementation offers, each has its own wrong calls; they are made on
+    ``device``.
     """
     return [
         outcome for one in implementation.offers for outcome in _judge_invalid_calls(one, device)
@@ -427,7 +428,7 @@ MEMORY_GROWTH = 1.25
 
 def judge_memory(implementation: Implementation, device: str = "cpu") -> list[Outcome]:
     """Whether peak memory grows with the length, not with its square, where so declared: one
-    outcome for each operation that the implementation offers.
+    outcome for each operation that the implementation offers, on ``device``.
     """
     return [_judge_memory(one, device) for one in implementation.offers]
 

@@ -64,6 +64,14 @@ REMEDIES = {
 def select(call: Call, *, deterministic: bool = False, only: str | None = None) -> Kernel:
     """The kernel for ``call``, or the one called ``only``.
 
+    Args:
+        call: What is asked for.
+        deterministic: Equal bits from run to run are asked for too.
+        only: The name of the one kernel that may do it.
+
+    Returns:
+        The first that has no reason to decline.
+
     Raises:
         ValueError: None is called so.
         Unsupported: None does this call.
@@ -112,7 +120,10 @@ def first_to_accept(
 
 
 def reasons(kernel: Kernel, call: Call, *, deterministic: bool = False) -> tuple[str, ...]:
-    """Why ``kernel`` declines ``call``, with what can be done about it; empty if it does not."""
+    """Why ``kernel`` declines ``call``, with what can be done about it; empty if it does not.
+
+    With ``deterministic``, equal bits from run to run are asked for too.
+    """
     found = declined(kernel.capabilities, call)
     if deterministic and not kernel.capabilities.deterministic:
         found.append("deterministic=True")

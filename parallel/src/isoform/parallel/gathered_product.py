@@ -27,8 +27,8 @@ def gathered_product(
     Args:
         equation: Of einsum, its operands a and b. The last axis of ``b`` is the last of the result,
             and may be the last of ``a``; it is what pieces are made of.
-        a: This rank's.
-        b: This rank's part of the other factor.
+        a: This rank's, in the shape that the equation says.
+        b: This rank's part of the other factor, ``[..., C]``.
         gather: What makes it whole.
         pieces: How many; 1 to as many as there are channels. Room is needed for two of them.
 

@@ -124,14 +124,30 @@ class Flight:
 
 
 def start(movement: Movement, x: Tensor) -> Flight:
-    """Begin to move ``x``; collective."""
+    """Begin to move ``x``; collective.
+
+    Args:
+        movement: What is to be done.
+        x: This rank's, of any shape that ``movement`` takes.
+
+    Returns:
+        What is under way, to be waited for.
+    """
     flight = Flight(movement)
     flight.ticket = cast(Tensor, _Start.apply(x, flight))  # type: ignore[no-untyped-call]
     return flight
 
 
 def move(movement: Movement, x: Tensor) -> Tensor:
-    """``x``, moved: where there is nothing to compute meanwhile."""
+    """``x``, moved: where there is nothing to compute meanwhile; collective.
+
+    Args:
+        movement: What is to be done.
+        x: This rank's, of any shape that ``movement`` takes.
+
+    Returns:
+        What the movement makes of it.
+    """
     return start(movement, x).wait()
 
 

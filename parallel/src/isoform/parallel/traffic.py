@@ -187,7 +187,7 @@ class Served(NamedTuple):
 
 
 def served(sizes: Sizes, ranks: int, near: int) -> Served:
-    """The heads that are served by ``ranks`` ranks in groups of ``near``."""
+    """The heads, of ``sizes``, that are served by ``ranks`` ranks in groups of ``near``."""
     parts = head_shards(sizes.H, sizes.G, near)
     counts = [
         (len(p.heads), len(p.groups), len(p.groups if p.copies is None else p.heads)) for p in parts
@@ -274,7 +274,7 @@ def overhead(
 
 
 def sent(steps: Iterable[Step], ranks: int) -> Sent:
-    """Bytes and messages of every rank, of some steps together."""
+    """Bytes and messages of every one of P ``ranks``, of some ``steps`` together."""
     total = Sent(np.zeros(ranks, np.int64), np.zeros(ranks, np.int64))
     for step in steps:
         more = step.within(ranks) if isinstance(step, AllToAll) else step.sent
@@ -283,7 +283,8 @@ def sent(steps: Iterable[Step], ranks: int) -> Sent:
 
 
 def sent_by(steps: Iterable[Step], rank: int, ranks: int) -> tuple[Counter[str], Counter[str]]:
-    """One rank's bytes, and its messages, by operation: what its ``comm.traffic`` will say.
+    """The bytes that one ``rank`` of ``ranks`` sends in some ``steps``, and its messages, by
+    operation: what its ``comm.traffic`` will say.
 
     Names of which nothing is sent are left out.
     """

@@ -124,7 +124,8 @@ def work(sharding: Sharding, sizes: Sizes, attended: Attended, near: int) -> Arr
 
 
 def busy_steps(sharding: Sharding, attended: Attended, near: int) -> int:
-    """In how many of its steps a ring of groups of ``near`` ranks has anything to compute.
+    """In how many of its steps a ring of groups of ``near`` ranks has anything to compute, for what
+    is ``attended`` to under a ``sharding``.
 
     With a narrow window, or short documents, keys come by that nobody attends to. A count of the
     chunks within reach: exact, or one or two too many, since not every query reaches as far.

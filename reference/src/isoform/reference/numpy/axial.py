@@ -59,7 +59,7 @@ def recut(x: Shards, joined: int, cut: int, lengths: Sequence[int]) -> list[Arra
     Its adjoint, and its inverse, is to cut as before: ``recut(y, cut, joined, lengths_before)``.
 
     Args:
-        x: By rank, any number of axes.
+        x: By rank, of any shape ``[...]``.
         joined: The axis along which ``x`` is cut, and the result is whole.
         cut: The axis along which ``x`` is whole, and the result is cut.
         lengths: By rank, the result's length on the axis ``cut``.
@@ -71,7 +71,9 @@ def recut(x: Shards, joined: int, cut: int, lengths: Sequence[int]) -> list[Arra
 
 
 def gathered(x: Shards, axis: int) -> list[Array]:
-    """Everybody gets everybody's shard, joined along ``axis``: the same whole for each rank."""
+    """Everybody gets everybody's shard of ``x``, of any shape, joined along ``axis``: the same whole
+    for each rank.
+    """
     return [np.concatenate(x, axis)] * len(x)
 
 
@@ -79,7 +81,7 @@ def gathered_backward(dwhole: Shards, axis: int, lengths: Sequence[int]) -> list
     """The adjoint of :func:`gathered`: the sum over ranks, of which each gets its own part.
 
     Args:
-        dwhole: By rank, the gradient that this rank has found of the *whole*.
+        dwhole: By rank, the gradient that this rank has found of the *whole*, in its shape.
         axis: Along which was gathered.
         lengths: By rank, the length of its shard on that axis.
 

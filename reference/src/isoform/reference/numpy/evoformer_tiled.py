@@ -67,8 +67,9 @@ def evoformer_attention_tiled(
     """:func:`~.numpy.evoformer.evoformer_attention` in tiles: memory grows with Q + K.
 
     Args:
-        q, k, v, mask, mask_bias, pair_bias, gate, scale, compute_dtype: As in
+        q, k, v, mask, mask_bias, pair_bias, gate, scale: As in
             :func:`~.numpy.evoformer.evoformer_attention`.
+        return_lse, compute_dtype: As there.
         block_q: Queries in a tile, at least 1.
         block_k: Keys in a tile, at least 1.
 

@@ -120,6 +120,9 @@ def rotary_tables(
 
     Returns:
         ``cos [..., rotary_dim / 2]`` and ``sin`` alike, on the device of ``positions``.
+
+    Source:
+        Su et al., arXiv 2104.09864, equation 34; the angle in two parts, rule ROT-4.
     """
     high, low, amplitude = _frequencies(rotary_dim, float(base), *_plain(scaling))
     p = positions.to(torch.float64)[..., None]
