@@ -6,10 +6,12 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from isoform.conformance import train_genome
 from isoform.conformance.cli import app
 from isoform.parallel.launch import mpiexec
 from isoform.parallel.training import loop
+from isoform.parallel.training.settings import parse
 
 SETTINGS = """
 [data]
@@ -190,6 +193,23 @@ def test_bad_records_are_named_by_file_and_line(here):
     result = run("--config", "run.toml")
     assert result.exit_code == 0
     assert "left out: genome.fa:7: record three: '-' stands" in flat(result.stdout)
+
+
+def test_the_page_that_explains_it(here):
+    """Its settings are read, its script is one, its figures are those of the run it shows."""
+    page = Path(__file__).parents[2] / "docs/how-to/train-a-genome-model.md"
+    text = page.read_text(encoding="utf-8")
+    (settings,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    told = parse(tomllib.loads(settings))
+    for table in (told.data, told.training):
+        missing = [name for name in vars(table) if f"\n{name} = " not in settings]
+        assert missing in ([], ["betas"]), missing
+    assert told.switches.layout.ranks == 8
+    (script,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    (line,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert run("--config", "run.toml", "-o", "run", "-q").exit_code == 0
+    assert json.loads(line).keys() == loop.read_log(here / "run" / loop.LOG)[2].keys()
 
 
 # As programs.

@@ -30,5 +30,12 @@ module                  what is in it
 ``offload``             what the backward needs, in the host's memory meanwhile
 ``position_table``      a learned table of which each rank has its rows
 ``gradients``           sums over ranks of what all of them have
+``fasta``               records, letters and faults of a file, as a stream
+``data``                a genome as tokens, and the windows of each step
+``markov``              the order-k Markov model, to compare with
+``settings``            what a run is told, from TOML
+``world``               which rank this is, by torchrun, mpiexec or srun
+``loop``                training, its log, and going on where it stopped
+``checkpoint``          the state of a run, whole, for any number of ranks
 ======================  ============================================================================
 """
