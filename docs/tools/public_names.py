@@ -127,9 +127,9 @@ def _of_class(public: Name, said: dict[str, str]) -> Iterator[str]:
         elif missing and not all(f"{name}" in docstring_of(public) for name in missing):
             yield f"{public}: says nothing of its attributes {', '.join(missing)}"
     for name, method in vars(public.value).items():
-        if inspect.isfunction(method) and not name.startswith("_"):
-            if not method.__doc__ and not _inherited(public.value, name):
-                yield f"{public}.{name}: no docstring"
+        told = getattr(method, "__doc__", None) or _inherited(public.value, name)
+        if inspect.isfunction(method) and not name.startswith("_") and not told:
+            yield f"{public}.{name}: no docstring"
 
 
 def _inherited(cls: type, name: str) -> bool:
@@ -157,9 +157,10 @@ def _of_function(public: Name, said: dict[str, str]) -> Iterator[str]:
         elif _array(annotation) and not SHAPE.search(documented[name]):
             yield f"{public}: {name} is an array, of what shape?"
     returns = signature.return_annotation
-    if returns not in (None, "None", signature.empty) and "NoReturn" not in str(returns):
-        if "Returns" not in said and "Yields" not in said and not _says_what(said[""]):
-            yield f"{public}: says nothing of what it returns"
+    nothing = returns in (None, "None", signature.empty) or "NoReturn" in str(returns)
+    told = said.keys() & {"Returns", "Yields"} or _says_what(said[""])
+    if not nothing and not told:
+        yield f"{public}: says nothing of what it returns"
     for error in sorted(_raised(public.value)):
         if error not in text and "Raises" not in said:
             yield f"{public}: raises {error}, which it does not say"

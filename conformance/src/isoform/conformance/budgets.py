@@ -87,7 +87,7 @@ def digest(operation: Operation) -> str:
 
 
 def result_format(result: str, dtype: str) -> str:
-    """The format a result is returned in, of operands in ``dtype``: lse is float32 at least (EVO-7)."""
+    """The format a result of ``dtype`` operands is returned in: lse is float32 at least (EVO-7)."""
     return "float32" if result == "lse" and FORMATS[dtype].digits < 24 else dtype
 
 

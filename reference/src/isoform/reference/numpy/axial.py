@@ -71,8 +71,8 @@ def recut(x: Shards, joined: int, cut: int, lengths: Sequence[int]) -> list[Arra
 
 
 def gathered(x: Shards, axis: int) -> list[Array]:
-    """Everybody gets everybody's shard of ``x``, of any shape, joined along ``axis``: the same whole
-    for each rank.
+    """Everybody gets everybody's shard of ``x``, of any shape, joined along ``axis``: for each rank
+    the same whole.
     """
     return [np.concatenate(x, axis)] * len(x)
 
