@@ -58,6 +58,12 @@ def loop_programs() -> ModuleType:
     return load("loop_programs")
 
 
+@pytest.fixture(scope="session")
+def engine_programs() -> ModuleType:
+    """Those of all kinds of parallelism together."""
+    return load("engine_programs")
+
+
 @pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> tuple[str, int]:
     """A transport and how many ranks."""

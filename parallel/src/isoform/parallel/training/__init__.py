@@ -30,6 +30,9 @@ module                  what is in it
 ``offload``             what the backward needs, in the host's memory meanwhile
 ``position_table``      a learned table of which each rank has its rows
 ``gradients``           sums over ranks of what all of them have
+``engines``             tensor and pipeline parallelism and sharded states, on one mesh with these
+``precision``           AdamW for 16-bit parameters
+``memory``              what tensors hold at most, counted
 ``fasta``               records, letters and faults of a file, as a stream
 ``data``                a genome as tokens, and the windows of each step
 ``markov``              the order-k Markov model, to compare with
