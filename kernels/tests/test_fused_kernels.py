@@ -139,7 +139,7 @@ def test_sums_stay_little_and_gpus_busy(columns):
     parts = 4 * chunks * columns
     assert parts < 0.02 * (2 * rows * columns)
     assert chunks * tiles > 3500
-    assert chunks_of(gelu(True), rows, columns, 8) * tiles >= 8192
+    assert chunks_of(gelu(True), rows, columns, 8) * tiles >= 4096
 
 
 def test_nothing_is_launched_where_there_is_nothing():

@@ -38,8 +38,8 @@ THREADS, AT_ONCE, LANES = 256, 4, 32
 ACROSS = 32
 """Threads of a block beside one another: of 16-bit numbers, they read 512 bytes of a row."""
 
-FORWARD_TURNS = 2
-"""How often a block of a forward reads: the bias is read once, and the end is short."""
+FORWARD_TURNS = 4
+"""How often a block of a forward reads: it waits for the bias once, and yet all end together."""
 
 BACKWARD_BLOCKS = 4096
 """Of a backward at most. Each leaves a float for each of its columns, which has to stay little

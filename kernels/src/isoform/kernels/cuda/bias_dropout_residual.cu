@@ -37,7 +37,8 @@ struct Dropout {
     __device__ inline explicit Dropout(const FusedArguments &a)
         : seed(*static_cast<const uint64 *>(a.seed)),
           threshold(static_cast<unsigned>(a.threshold)),
-          scale(threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f) {}
+          scale(threshold < 65536 ? __fdividef(65536.0f, static_cast<float>(65536 - threshold))
+                                  : 0.0f) {}
 
     // x times the factor; what is dropped becomes 0, whatever it was.
     __device__ inline Floats operator()(Floats x, int64 row, int64 column) const {
