@@ -29,11 +29,11 @@ PINS = Path("ci/constraints.txt")
 COMPONENTS = ("reference", "kernels", "parallel", "conformance")
 EMULATED = "isoform.conformance.implementations.emulated:CUDA_EMULATED"
 EMULATED_CASES = (
-    "evoformer/length-17/*",
-    "evoformer/length-65/bf16/*",  # several tiles
-    "evoformer/head-dim-128/bf16/*",
-    "evoformer/head-dim-24/fp16/*",
-    "evoformer/heads-4-1/bf16/*",
+    "evoformer/length-17/*/all-*",
+    "evoformer/length-65/bf16/all-*",  # several tiles
+    "evoformer/head-dim-128/bf16/all-*",
+    "evoformer/head-dim-24/fp16/all-*",
+    "evoformer/heads-4-1/bf16/all-*",
     *("evoformer/operands/bf16/bare", "evoformer/operands/bf16/mask"),
     "evoformer/operands/bf16/mask+*",  # every combination of mask bias, pair bias and gate
     "evoformer/layout/bf16/*",  # rows that lie on 16 bytes, and such that do not
@@ -52,7 +52,7 @@ EMULATED_CASES = (
 """What a processor can emulate in a minute: every pass of both kernels, most of which is compiling
 some fifty variants."""
 SANITIZED_CASES = (
-    *("evoformer/length-17/*", "rotary/length-31/*", "rotary/layout/bf16/*"),
+    *("evoformer/length-17/*/all-*", "rotary/length-31/*", "rotary/layout/bf16/*"),
     *("attention/mask/bf16/padded", "attention/length-17/*"),
 )
 PEERS = ("openfold3==0.5.0",)

@@ -108,10 +108,23 @@ def test_head_dims(D: int) -> None:
 def test_kernels_without_some_operand_are_judged_at_every_size_all_the_same(
     offered: set[str],
 ) -> None:
-    for tag in ("length", "cross", "head-dim"):
+    sizes = ("length", "cross", "head-dim")
+    others = ("grouped-heads", "batch", "empty", "layout") if offered > {"mask"} else ()
+    for tag in (*sizes, *others):
         asked = {(case.shape, case.dtype) for case in having(tag)}
         possible = {(case.shape, case.dtype) for case in having(tag) if case.operands <= offered}
         assert possible == asked
+
+
+def test_kernels_of_a_mask_and_a_pair_bias_are_judged_on_what_is_hard_in_models_too() -> None:
+    plain = [case for case in CASES.values() if case.operands == {"mask", "pair_bias"}]
+    assert {case.values for case in plain} >= set(VALUES) - {
+        *("one-hot", "huge-negative-bias", "closed-gate", "constant-values")
+    }
+    assert {case.layout for case in plain} == set(LAYOUTS)
+    models = [case for case in plain if "model" in case.tags]
+    assert {case.shape.D for case in models} == {24, 32, 48}
+    assert not any(case.large for case in models)
 
 
 @pytest.mark.parametrize("dtype", BOTH)
@@ -132,11 +145,11 @@ def test_every_combination_of_operands(dtype: str) -> None:
     ],
 )
 def test_adversarial_values(values: str, dtype: str) -> None:
-    [case] = [
-        case for case in having("adversarial") if (case.values, case.dtype) == (values, dtype)
-    ]
-    assert case.differentiate == (values not in ("nan-attended", "inf-attended"))
-    assert not case.large
+    found = [case for case in having("adversarial") if (case.values, case.dtype) == (values, dtype)]
+    assert found
+    for case in found:
+        assert case.differentiate == (values not in ("nan-attended", "inf-attended"))
+        assert not case.large
 
 
 def test_every_recipe_and_every_layout_is_used() -> None:

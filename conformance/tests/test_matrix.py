@@ -69,6 +69,15 @@ def test_records_are_read_back(seen: Run, tmp_path: Path) -> None:
         read(path)
 
 
+def test_what_was_run_somewhere_is_not_called_not_run(seen: Run) -> None:
+    run = list(records(seen))
+    elsewhere = Record(run[0].implementation, run[0].operation, {}, not_run="it needs a GPU")
+    other = Record(run[0].implementation, "rotary_embedding", {}, not_run="it needs hands")
+    page = html([elsewhere, *run, other])
+    assert "it needs a GPU" not in page
+    assert "it needs hands" in page
+
+
 def test_the_page_links_cells_and_names_what_was_not_run(seen: Run) -> None:
     absent = Record("elsewhere", "evoformer_attention", {}, not_run="it needs a GPU")
     page = html([*records(seen), absent])

@@ -345,7 +345,16 @@ def _place(record: Record) -> tuple[str, str, str]:
 
 
 def html(found: Sequence[Record]) -> str:
-    """The page: one table for each operation, and below it what every cell is made of."""
+    """The page: one table for each operation, and below it what every cell is made of.
+
+    What was run somewhere is not said to be not run elsewhere, where it cannot.
+    """
+    ran = {(record.implementation, record.operation) for record in found if not record.not_run}
+    found = [
+        record
+        for record in found
+        if not record.not_run or (record.implementation, record.operation) not in ran
+    ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -50,11 +50,12 @@ HEAD_DIMS = (1, 2, 3, 5, 8, 16, 24, 32, 40, 48, 64, 80, 96, 127, 128)
 CROSS_LENGTHS = ((1, 64), (64, 1), (33, 127), (127, 33), (5, 300), (300, 5), (64, 65))
 GROUPS = ((4, 1), (4, 2), (6, 2), (8, 4))
 
-# Every length and head dim is asked for with all operands, and as kernels that have no gate and no
-# mask bias, or nothing at all, would have it: else they would be judged at none of them.
+# Most kernels have no gate and no mask bias, some nothing at all. A case that asks for all operands
+# is none for them: whatever is hard is asked for as they would have it, too.
+PLAIN = frozenset({"mask", "pair_bias"})
 OFFERED: dict[str, frozenset[str]] = {
     "all-operands": ALL,
-    "mask+pair-bias": frozenset({"mask", "pair_bias"}),
+    "mask+pair-bias": PLAIN,
     "bare": frozenset(),
 }
 
@@ -77,6 +78,10 @@ ADVERSARIAL: dict[str, tuple[frozenset[str], bool]] = {
     "constant-values": (ALL, True),
     "closed-gate": (ALL, True),
 }
+
+NOT_PLAIN = {"one-hot", "huge-negative-bias", "closed-gate", "constant-values"}
+"""What is about other operands than mask and pair bias; and, last, where without a gate the twin
+makes no error at all in what cancels, with which others' could be compared."""
 
 EMPTY = {
     "no-batch": Shape(0, 2, 5, 7, 2, 2, 8),
@@ -126,9 +131,20 @@ def _models() -> Iterator[Case]:
             small = replace(full, **cut)
             note = f"cut from {full}"
             yield _case(f"{name}-small", small, dtype, operands, "ragged-mask", tags, note=note)
+    for name in UNGATED_MODELS:
+        full, operands, cut = MODELS[name]
+        small = replace(full, **cut)
+        sizes = name if small == full else f"{name}-small"
+        note = f"cut from {full}, whose gate is applied elsewhere"
+        tags = {"model", *(["quick"] if name in QUICK_MODELS else [])}
+        yield _case(sizes, small, "bfloat16", operands - {"gate"}, "ungated", tags, note=note)
 
 
 QUICK_MODELS = {"triangle-256", "template-pointwise", "extra-msa-global-column"}
+UNGATED_MODELS = (
+    *("msa-row-train", "msa-column", "triangle-256", "triangle-384"),
+    *("af3-pairformer-single", "af3-diffusion"),
+)
 
 
 def _lengths() -> Iterator[Case]:
@@ -157,7 +173,10 @@ def _heads() -> Iterator[Case]:
         shape = Shape(2, 2, 33, 40, H, G, 16)
         tags = {"grouped-heads", *(["quick"] if G == 1 else [])}
         yield _case(f"heads-{H}-{G}", shape, dtype, ALL, "all-operands", tags)
-    yield _case("batch-3", Shape(3, 4, 20, 24, 3, 3, 16), "float32", ALL, "all-operands", {"batch"})
+        yield _case(f"heads-{H}-{G}", shape, dtype, PLAIN, "mask+pair-bias", tags)
+    batch = Shape(3, 4, 20, 24, 3, 3, 16)
+    yield _case("batch-3", batch, "float32", ALL, "all-operands", {"batch"})
+    yield _case("batch-3", batch, "float32", PLAIN, "mask+pair-bias", {"batch"})
 
 
 def _operand_combinations() -> Iterator[Case]:
@@ -176,16 +195,10 @@ def _adversarial() -> Iterator[Case]:
         ADVERSARIAL.items(), ("float32", "bfloat16", "float16")
     ):
         tags = {"adversarial", "edge", *(["quick"] if dtype == "float32" else [])}
-        yield _case(
-            "values",
-            shape,
-            dtype,
-            operands,
-            values,
-            tags,
-            values=values,
-            differentiate=differentiate,
-        )
+        recipe = {"values": values, "differentiate": differentiate}
+        yield _case("values", shape, dtype, operands, values, tags, **recipe)
+        if values not in NOT_PLAIN:
+            yield _case("values-plain", shape, dtype, PLAIN, values, tags, **recipe)
 
 
 def _layouts() -> Iterator[Case]:
@@ -195,11 +208,13 @@ def _layouts() -> Iterator[Case]:
     ):
         tags = {"layout", "edge", *(["quick"] if dtype == "float32" else [])}
         yield _case("layout", shape, dtype, ALL, layout, tags, layout=layout)
+        yield _case("layout-plain", shape, dtype, PLAIN, layout, tags, layout=layout)
 
 
 def _empty() -> Iterator[Case]:
     for (name, shape), dtype in product(EMPTY.items(), ("float32", "bfloat16")):
         yield _case("empty", shape, dtype, ALL, name, {"empty", "edge", "quick"})
+        yield _case("empty-plain", shape, dtype, PLAIN, name, {"empty", "edge", "quick"})
 
 
 def _scales() -> Iterator[Case]:
