@@ -6,6 +6,9 @@ that surrounds the kernel is run as on a GPU.
 
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +18,18 @@ torch = pytest.importorskip("torch")
 # Said by PyTorch 2.11 of itself, when it imports its own compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
-from isoform.kernels import bias_dropout_residual, bias_gelu, fused, fused_torch  # noqa: E402
+from isoform.kernels import (  # noqa: E402
+    bias_dropout_residual,
+    bias_gelu,
+    emulate,
+    fused,
+    fused_launch,
+    fused_torch,
+)
+from isoform.kernels.launch import Told  # noqa: E402
 from isoform.reference.contract import Unsupported  # noqa: E402
 from isoform.reference.fused_contract import DRAWS  # noqa: E402
+from isoform.reference.numpy import fused as oracle  # noqa: E402
 from isoform.reference.numpy.fused import normal  # noqa: E402
 from isoform.reference.torch import fused as reference  # noqa: E402
 
@@ -169,6 +181,79 @@ def test_it_is_not_differentiated_twice(gpu):
         (dx,) = torch.autograd.grad(out, x, dout, create_graph=True)
         with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
             dx.sum().backward()
+
+
+# --- From tensors to the kernel -------------------------------------------------------------------
+
+
+@dataclass
+class Emulated:
+    """What stands for a pass that is ready to be launched: the emulator launches it."""
+
+    told: Told
+
+    @property
+    def scratch(self):
+        return self.told.work.scratch
+
+    def launch(self, pointers, stream):
+        words = np.frombuffer(self.told.arguments.tobytes(), np.uint64).copy()
+        assert len(pointers) == len(self.told.places)
+        words[np.array(self.told.places) // 8] = pointers
+        for one in self.told.work.launches:
+            emulate.build(one.source, defines=one.defines).launch(
+                one.kernel, grid=(one.blocks,), block=one.threads, arguments=words.tobytes()
+            )
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Nothing but the launch itself is not what runs on a GPU."""
+    known = {}
+
+    def kept(key, told):
+        if key not in known:
+            known[key] = Emulated(told())
+        return known[key]
+
+    monkeypatch.setattr(fused_launch, "kept", kept)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    return known
+
+
+def lying_oddly(x, how):
+    """The same numbers, lying in another way."""
+    if how == "apart":
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 8), torch.nan, dtype=x.dtype)
+        wide[..., : x.shape[-1]] = x
+        return wide[..., : x.shape[-1]]
+    return x.transpose(0, 1).contiguous().transpose(0, 1) if how == "swapped" else x.clone()
+
+
+@pytest.mark.parametrize("how", ["plainly", "apart", "swapped"])
+def test_what_is_launched_is_the_reference(emulated, how):
+    x, bias, residual = operands(requires_grad=False, dtype=torch.bfloat16)
+    dout = residual.flip(0)
+    for _ in range(2):  # the second finds what the first has kept
+        moved = [lying_oddly(each, how) for each in (x, residual, dout)]
+        out = fused_torch._gelu(moved[0], bias, True)
+        torch.testing.assert_close(out, reference.bias_gelu(x, bias))
+        dx, dbias = fused_torch._gelu_backward(moved[2], moved[0], bias, True)
+        wanted = oracle.bias_gelu_backward(*(each.double().numpy() for each in (dout, x, bias)))
+        for found, right in zip((dx, dbias), wanted, strict=True):
+            torch.testing.assert_close(
+                found.double(), torch.from_numpy(right), rtol=1e-2, atol=1e-2
+            )
+        out = fused_torch._dropout(moved[0], bias, moved[1], SEED, 6554)
+        wanted = reference.bias_dropout_residual(x, bias, residual, 0.1, seed=-5)
+        torch.testing.assert_close(out, wanted)
+        dx, dbias = fused_torch._dropout_backward(moved[2], SEED, 6554)
+        wanted = oracle.bias_dropout_residual_backward(dout.double().numpy(), 0.1, seed=-5)
+        for found, right in zip((dx, dbias), wanted, strict=False):
+            torch.testing.assert_close(
+                found.double(), torch.from_numpy(right), rtol=1e-2, atol=1e-2
+            )
 
 
 # --- How operands lie -----------------------------------------------------------------------------
