@@ -63,6 +63,13 @@ SHARERS = "sharers"
 def mesh_of(layout: Layout, device: str = "cpu") -> DeviceMesh:
     """The ranks of the process group, by the layout: neighbours share tensors. Collective.
 
+    Args:
+        layout: The degrees of all axes.
+        device: The kind of device that each rank has: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        A mesh of :data:`AXES`, of which data and sequence are also one axis, :data:`SHARERS`.
+
     Raises:
         ValueError: There are not as many ranks.
     """
