@@ -15,6 +15,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx-mathjax-offline",
+    "generated",  # of docs/tools
     "spec_links",  # of docs/tools
 ]
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
@@ -29,8 +30,18 @@ html_css_files = ["isoform.css"]
 html_show_sphinx = False
 html_copy_source = False
 pygments_style = "friendly"
+smartquotes_action = "qe"  # not dashes: --impl is an option
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+
+
+def setup(app):
+    """Leave out "alias for field number 0", which is what a named tuple says of its fields."""
+
+    def skip(app, what, name, value, skipped, options):
+        return True if type(value).__name__ == "_tuplegetter" else None
+
+    app.connect("autodoc-skip-member", skip)
 
 
 # Lessons are run when they are built. What a cell gave is kept until a line of the sources, of the

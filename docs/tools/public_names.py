@@ -80,7 +80,8 @@ def _members(module: ModuleType, options: str) -> list[str]:
         own = getattr(value, "__module__", None) == module.__name__
         if own and not name.startswith("_") and name not in left_out and value.__doc__:
             found.append(name)
-    return found
+    constants = re.findall(r'^(\w+)(?:: .*)? = .*\n"""', inspect.getsource(module), re.MULTILINE)
+    return found + [name for name in constants if name not in left_out]
 
 
 def sections(docstring: str) -> dict[str, str]:
@@ -103,6 +104,8 @@ def entries(section: str) -> dict[str, str]:
 
 def faults(public: Name) -> Iterator[str]:
     """A line for each thing that the docstring of ``public`` leaves unsaid."""
+    if not (inspect.isclass(public.value) or inspect.isroutine(public.value)):
+        return  # a constant: its docstring stands behind it, or it would not be shown
     docstring = getattr(public.value, "__doc__", None)
     if not docstring:
         yield f"{public}: no docstring"

@@ -56,7 +56,14 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Quartiles:
-    """Of a sample: its median, and the quarters' ends beside it."""
+    """Of a sample: its median, and the quarters' ends beside it.
+
+    Attributes:
+        median: Half of the sample is below it.
+        low: A quarter is.
+        high: Three quarters are.
+        runs: How many numbers the sample has.
+    """
 
     median: float
     low: float

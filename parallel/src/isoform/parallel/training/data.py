@@ -382,6 +382,8 @@ def _drawn(windows: Windows, epoch: int) -> tuple[list[int], Array]:
 
 
 def held_out(genome: Genome, tokenizer: Tokenizer, length: int) -> list[Window]:
-    """Windows that cover a genome, each token once: pass them to :func:`batch` with ``once``."""
+    """Windows of ``length`` tokens that cover a genome, as ``tokenizer`` reads it, each token once:
+    pass them to :func:`batch` with ``once``.
+    """
     reading = Reading(genome, tokenizer)
     return [Window(reading, start) for start in range(0, reading.length, length)]

@@ -147,7 +147,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The events of a log, without a last line that is not whole."""
+    """The events of the log at ``path``, without a last line that is not whole."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

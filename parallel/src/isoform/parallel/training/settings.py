@@ -129,7 +129,14 @@ SMALL = Configuration("small", 4, 128, 4, rotary_dim=32)
 
 @dataclass(frozen=True)
 class Settings:
-    """All of it."""
+    """All of it.
+
+    Attributes:
+        data: What is read.
+        model: What is trained.
+        switches: Which technique of long-sequence training is on.
+        training: How long, how fast, and what is kept.
+    """
 
     data: Data = field(default_factory=Data)
     model: Configuration = SMALL
@@ -163,7 +170,7 @@ _FREE = (
 
 
 def load(path: Path) -> Settings:
-    """Settings from a TOML file; what it does not say is as in :class:`Settings`.
+    """Settings from the TOML file at ``path``; what it does not say is as in :class:`Settings`.
 
     Raises:
         OSError: It cannot be read.
@@ -182,7 +189,7 @@ def load(path: Path) -> Settings:
 
 
 def parse(given: Mapping[str, Any]) -> Settings:
-    """Settings from tables.
+    """Settings from the tables that are ``given``, as TOML has them.
 
     Raises:
         WrongSettings: As :func:`load`.
