@@ -160,7 +160,7 @@ def support() -> str:
     return "\n".join(
         [
             "## Declared\n",
-            "What each registered implementation says that it does. A declaration is itself judged: "
+            "What each registered implementation says that it does. A declaration is judged too: "
             "what is declared must be right, and what is not must be refused with every reason.\n",
             *_declared(),
             "## Judged on GPUs\n",
