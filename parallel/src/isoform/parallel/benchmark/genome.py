@@ -29,11 +29,14 @@ import gc
 import json
 import os
 import platform
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +224,11 @@ class Trainer:
         self.machine.tidy()
         return None
 
+    def close(self) -> None:
+        """Let go of everything, also for those who still have this object."""
+        self.optimizer.zero_grad()
+        del self.model, self.optimizer
+
     def timed(self, length: int, count: int) -> Step:
         """The step of median duration of ``count``, after one that is not counted."""
         self.step(length)
@@ -337,8 +345,7 @@ class Benchmark:
             try:
                 yield one
             finally:
-                one.optimizer.zero_grad()
-        del one
+                one.close()
         self.machine.tidy()
 
     def line(self, kind: str, c: Configuration, scheme: str, step: Step, **more: Any) -> None:
@@ -387,6 +394,16 @@ class Benchmark:
         assert step is not None, "not even the shortest sequence fits"
         self.line("longest", c, scheme, step, window=window, **more)
         return found
+
+    def tried(self, what: str, part: Callable[[], None]) -> bool:
+        """Whether a part went well; if not, the others still run, and why is written down."""
+        try:
+            part()
+        except Exception:
+            self.write({"kind": "failed", "what": what, "why": traceback.format_exc()})
+            self.machine.tidy()
+            return False
+        return True
 
     def model(self, c: Configuration, start: int, lengths: list[int]) -> None:
         """Longest lengths, and times, of both schemes."""
@@ -550,14 +567,17 @@ def main(given: list[str] | None = None) -> None:
     bench = Benchmark(machine, limits, write, asked.quick)
     lengths = asked.lengths or ([8192, 32768] if asked.quick else [8192, 32768, 131072])
     parts = asked.part or ["models", "switches"]
-    if "models" in parts:
-        for name in asked.models:
-            if not bench.late(name):
-                bench.model(CONFIGURATIONS[name], asked.start, lengths)
-    if "switches" in parts and not bench.late("switches"):
-        bench.switches(CONFIGURATIONS[asked.models[0]], lengths[0])
+    todo: dict[str, Callable[[], None]] = {}
+    for name in asked.models if "models" in parts else ():
+        c = CONFIGURATIONS[name]
+        todo[name] = partial(bench.model, c, asked.start, lengths)
+    first, last = CONFIGURATIONS[asked.models[0]], CONFIGURATIONS[asked.models[-1]]
+    if "switches" in parts:
+        todo["switches"] = partial(bench.switches, first, lengths[0])
     if "step" in parts:
-        bench.step(CONFIGURATIONS[asked.models[-1]], asked.length)
+        todo["step"] = partial(bench.step, last, asked.length)
+    well = [bench.tried(what, part) for what, part in todo.items() if not bench.late(what)]
+    sys.exit(0 if all(well) else 1)
 
 
 if __name__ == "__main__":
