@@ -211,7 +211,7 @@ def draw(path: Path, events: Sequence[Event]) -> None:
         marker="o",
         markersize=3.5,
         linewidth=1.8,
-        label=f"held out, all {begin['held_out_bases']:,} bases: {last['bits_per_base']:.4f}",
+        label=f"held out, {last['bases']:,} bases: {last['bits_per_base']:.4f}",
     )
     axes.axhline(
         markov,

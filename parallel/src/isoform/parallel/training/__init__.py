@@ -37,6 +37,7 @@ module                  what is in it
 ``data``                a genome as tokens, and the windows of each step
 ``markov``              the order-k Markov model, to compare with
 ``settings``            what a run is told, from TOML
+``optimizer``           AdamW by name, on float32 copies of 16 bits
 ``world``               which rank this is, by torchrun, mpiexec or srun
 ``loop``                training, its log, and going on where it stopped
 ``checkpoint``          the state of a run, whole, for any number of ranks

@@ -30,10 +30,6 @@ import torch
 import torch.distributed.checkpoint.state_dict_loader as loader
 import torch.distributed.checkpoint.state_dict_saver as saver
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -41,6 +37,7 @@ from isoform.parallel.communicator import Communicator
 from isoform.parallel.communicators.torch_distributed import TorchCommunicator
 from isoform.parallel.sharding import Sharding
 from isoform.parallel.training.model import TABLE, TrainingLM
+from isoform.parallel.training.optimizer import NamedAdamW
 from isoform.parallel.training.position_table import PartitionedTable
 
 UNFINISHED = ".unfinished"
@@ -71,7 +68,7 @@ def save(
     folder: Path,
     step: int,
     model: TrainingLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: NamedAdamW,
     *,
     comm: Communicator | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -125,7 +122,7 @@ def save(
 def restore(
     path: Path,
     model: TrainingLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: NamedAdamW,
     *,
     comm: Communicator | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -206,19 +203,20 @@ def _set_random(state: Mapping[str, Tensor], rank: int) -> None:
 # --- numbers under the names of the reference ---
 
 
-def _state(model: TrainingLM, optimizer: torch.optim.Optimizer) -> State:
+def _state(model: TrainingLM, optimizer: NamedAdamW) -> State:
     """Model and optimizer, as all ranks' checkpoint has them."""
     weights = dict(model.state_dict())
-    moments = dict(cast(State, get_optimizer_state_dict(model, optimizer)["state"]))
+    moments: State = dict(optimizer.state())
     table = model.position_table
     if isinstance(table, PartitionedTable):
         weights[TABLE] = _in_order(weights[TABLE], table)
-        own = cast(Mapping[str, Tensor], moments[TABLE])
-        moments[TABLE] = {name: _in_order(x, table) if x.ndim else x for name, x in own.items()}
+        moments[TABLE] = {
+            name: _in_order(x, table) if x.ndim else x for name, x in moments[TABLE].items()
+        }
     return {"model": weights, "optimizer": moments}
 
 
-def _set_state(model: TrainingLM, optimizer: torch.optim.Optimizer, state: State) -> None:
+def _set_state(model: TrainingLM, optimizer: NamedAdamW, state: State) -> None:
     weights, moments = state["model"], state["optimizer"]
     table = model.position_table
     if isinstance(table, PartitionedTable):
@@ -227,8 +225,7 @@ def _set_state(model: TrainingLM, optimizer: torch.optim.Optimizer, state: State
             name: _as_tokens(x, table) if x.ndim else x for name, x in moments[TABLE].items()
         }
     model.load_state_dict(weights)
-    whole = get_optimizer_state_dict(model, optimizer)  # rates and the like are a run's to say
-    set_optimizer_state_dict(model, optimizer, {**whole, "state": moments})
+    optimizer.load(moments)
 
 
 def _ordered(rows: Sharding) -> Sharding:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.communicators.torch_distributed import TorchCommunicator
@@ -36,7 +36,8 @@ from isoform.parallel.sharding import IGNORE
 from isoform.parallel.training import checkpoint, markov
 from isoform.parallel.training.data import Batch, Genome, Window, Windows, batch, held_out, load
 from isoform.parallel.training.gradients import sum_gradients, sum_tensors
-from isoform.parallel.training.model import TrainingLM, build
+from isoform.parallel.training.model import build
+from isoform.parallel.training.optimizer import NamedAdamW
 from isoform.parallel.training.position_table import PartitionedTable
 from isoform.parallel.training.settings import Data, Settings, WrongSettings
 from isoform.parallel.training.switches import Layout, Switches
@@ -199,9 +200,18 @@ class Run:
             self.markov_bits, self.markov_bases = markov_bits(*parts, data)
         torch.manual_seed(training.seed)
         shared = self.sequence if switches.layout.sequence > 1 else None
-        self.model = build(model, switches, comm=shared, device=device, seed=training.seed)
+        self.model = build(
+            model,
+            switches,
+            comm=shared,
+            device=device,
+            dtype=getattr(torch, training.dtype),
+            seed=training.seed,
+        )
         self.sharding = self.model.sharding(data.length)
-        self.optimizer = adamw(self.model, settings)
+        self.optimizer = NamedAdamW(
+            self.model, betas=training.betas, weight_decay=training.weight_decay
+        )
 
     def _genome(self) -> Genome:
         """Rank 0 reads the files, and the others what it has written."""
@@ -270,8 +280,6 @@ class Run:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         rate = self.settings.training.rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         batches = [self._batch(windows) for windows in self._own(self.windows.at(step))]
         count = int(self._total(sum(int((one.labels != IGNORE).sum()) for one in batches)))
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -280,7 +288,7 @@ class Run:
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         self._sum_gradients()
-        norm = self._clip()
+        norm, longest = self._norm(), self.settings.training.clip
         mean = self._total(float(loss))
         if not (math.isfinite(mean) and math.isfinite(norm)):
             kept = checkpoint.latest(self.folder / CHECKPOINTS)
@@ -288,8 +296,7 @@ class Run:
                 f"step {step + 1}: the loss is {mean:g} and its gradient has norm {norm:g}; "
                 f"the last checkpoint is {kept or 'none'}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.step(rate, scale=longest / norm if norm > longest else 1.0)
         seconds = time.perf_counter() - began
         data = self.settings.data
         return {
@@ -331,6 +338,7 @@ class Run:
             "loss": loss,
             "bits_per_base": loss / math.log(2) / data.tokenizer.width,
             "tokens": labelled,
+            "bases": labelled * data.tokenizer.width,
             "seconds": time.perf_counter() - began,
         }
 
@@ -367,20 +375,17 @@ class Run:
         if (rows := self._table()) is not None:
             sum_tensors([rows], self.copies)
 
-    def _clip(self) -> float:
-        """Shorten the gradient of all parameters, if it is too long; its norm before."""
-        gradients = [p.grad for p in self.model.replicated() if p.grad is not None]
-        own = sum(float(x.double().norm()) ** 2 for x in gradients)
+    def _norm(self) -> float:
+        """The norm of the gradient of all parameters."""
+
+        def squared(x: Tensor) -> float:
+            return float(torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2
+
+        own = sum(squared(p.grad) for p in self.model.replicated() if p.grad is not None)
         rows = self._table()
         if rows is not None and self.sequence is not None:
-            gradients.append(rows)
-            own += sum(self._gathered(float(rows.double().norm()) ** 2, self.sequence))
-        norm = math.sqrt(own)
-        longest = self.settings.training.clip
-        if norm > longest:
-            for gradient in gradients:
-                gradient.mul_(longest / norm)
-        return norm
+            own += sum(self._gathered(squared(rows), self.sequence))
+        return math.sqrt(own)
 
     def _gathered(self, x: float, comm: Communicator | None = None) -> list[float]:
         """A number of each rank."""
@@ -429,21 +434,6 @@ def _switches(settings: Settings, ranks: int) -> Switches:
             f"model.max_length={model.max_length} is less than data.length={data.length}"
         )
     return switches
-
-
-def adamw(model: TrainingLM, settings: Settings) -> torch.optim.AdamW:
-    """The optimizer: matrices decay; biases, gains and tables of vectors do not."""
-    decaying = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
-    others = [p for p in model.parameters() if p not in decaying]
-    decay = settings.training.weight_decay
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p in decaying], "weight_decay": decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=settings.training.learning_rate,
-        betas=settings.training.betas,
-    )
 
 
 def markov_bits(train: Genome, test: Genome, data: Data) -> tuple[float, int]:

@@ -85,6 +85,8 @@ class Training:
         floor: That fraction.
         betas, weight_decay: Of AdamW. Only matrices decay.
         clip: The norm that the gradient of all parameters is shortened to, if it is longer.
+        dtype: ``"float32"``, or ``"bfloat16"``: parameters and activations have 16 bits, and the
+            optimizer keeps float32 copies.
         seed: Of the first parameters, and of the order of windows.
         evaluate_every, checkpoint_every: Steps; both are done after the last step too.
         keep: Checkpoints that are kept.
@@ -98,6 +100,7 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     evaluate_every: int = 50
     checkpoint_every: int = 100
@@ -172,6 +175,9 @@ _FREE = (
 def load(path: Path) -> Settings:
     """Settings from the TOML file at ``path``; what it does not say is as in :class:`Settings`.
 
+    Args:
+        path: The file. Those that it names are found from its folder.
+
     Raises:
         OSError: It cannot be read.
         WrongSettings: It is no TOML, or holds something without meaning; the message says what.
@@ -190,6 +196,9 @@ def load(path: Path) -> Settings:
 
 def parse(given: Mapping[str, Any]) -> Settings:
     """Settings from the tables that are ``given``, as TOML has them.
+
+    Args:
+        given: As a TOML file gives them.
 
     Raises:
         WrongSettings: As :func:`load`.

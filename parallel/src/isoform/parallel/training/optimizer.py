@@ -1,0 +1,114 @@
+"""AdamW of a model's parameters by name, on float32 copies of those of 16 bits.
+
+bfloat16 has 8 bits: of a step of less than 1/512 of a parameter nothing would be left. So a copy is
+stepped, and the parameter is what the copy rounds to. Names are kept, so that a checkpoint says of
+which parameter a state is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 1 << 27
+"""Numbers whose gradients are lifted to float32 at once."""
+
+STATES = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps of a parameter."""
+
+
+class NamedAdamW:
+    """AdamW; weights of linear layers decay, and biases, gains and tables of vectors do not.
+
+    Args:
+        model: Whose parameters.
+        betas: Decay of the two moments.
+        weight_decay: Of what decays.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        decaying = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
+        self.parameters = dict(model.named_parameters())
+        self.copies: dict[str, Tensor] = {
+            name: p if p.dtype == torch.float32 else p.detach().to(torch.float32, copy=True)
+            for name, p in self.parameters.items()
+        }
+        self._chunks: list[tuple[list[str], torch.optim.AdamW]] = []
+        for decays in (True, False):
+            names = [name for name, p in self.parameters.items() if (p in decaying) == decays]
+            for chunk in self._cut(names):
+                copies = [self.copies[name] for name in chunk]
+                decay = weight_decay if decays else 0.0
+                fused = copies[0].device.type == "cuda"
+                adamw = torch.optim.AdamW(copies, betas=betas, weight_decay=decay, fused=fused)
+                self._chunks.append((chunk, adamw))
+
+    def _cut(self, names: list[str]) -> list[list[str]]:
+        found: list[list[str]] = []
+        held = CHUNK
+        for name in names:
+            size = self.parameters[name].numel()
+            if held + size > CHUNK:
+                found.append([])
+                held = 0
+            found[-1].append(name)
+            held += size
+        return found
+
+    @torch.no_grad()
+    def step(self, rate: float, scale: float = 1.0) -> None:
+        """One step of those parameters that have a gradient, which is gone then.
+
+        Args:
+            rate: The learning rate.
+            scale: What gradients are multiplied with.
+        """
+        for names, adamw in self._chunks:
+            for group in adamw.param_groups:
+                group["lr"] = rate
+            for name in names:
+                p = self.parameters[name]
+                gradient = None if p.grad is None else p.grad.to(torch.float32)
+                if gradient is not None and scale != 1.0:
+                    gradient *= scale
+                self.copies[name].grad = gradient
+            adamw.step()
+            for name in names:
+                p, copy = self.parameters[name], self.copies[name]
+                p.grad = copy.grad = None
+                if copy is not p:
+                    p.copy_(copy)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What is kept of each parameter, by its name; zeros before its first step.
+
+        Moments are tensors of the parameter's shape, as is ``copy`` where it has one; ``step`` is a
+        scalar.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for names, adamw in self._chunks:
+            for name in names:
+                copy = self.copies[name]
+                kept = adamw.state[copy]
+                if not kept:
+                    fused = copy.device.type == "cuda"
+                    kept["step"] = torch.zeros((), device=copy.device if fused else "cpu")
+                    kept["exp_avg"] = torch.zeros_like(copy)
+                    kept["exp_avg_sq"] = torch.zeros_like(copy)
+                found[name] = {state: kept[state] for state in STATES}
+                if copy is not self.parameters[name]:
+                    found[name]["copy"] = copy
+        return found
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from what :meth:`state` gave; of the same parameters."""
+        for name, own in self.state().items():
+            for key, x in own.items():
+                x.copy_(state[name][key])
+            if "copy" in own:
+                self.parameters[name].copy_(own["copy"])
