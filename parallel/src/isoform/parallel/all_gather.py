@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from isoform.parallel import local
-from isoform.parallel.arrays import astype_of
+from isoform.parallel.arrays import astype_of, widened
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.local import Gradients, Mask, Saved
 
@@ -51,7 +51,7 @@ def backward(dout: Any, saved: Saved, comm: Communicator, mask: Mask) -> Gradien
     options = mask.to_all(comm.rank, q)
     part = local.differentiate(dout, q, keys, values, lse, delta, options, out)
     dk, dv = (
-        comm.reduce_scatter([mask.sharding.shard(dx, rank) for rank in range(comm.size)])
+        comm.reduce_scatter([mask.sharding.shard(widened(dx), rank) for rank in range(comm.size)])
         for dx in (part.dk, part.dv)
     )
     return Gradients(part.dq, dk, dv)

@@ -177,7 +177,8 @@ def differentiate(
     options: dict[str, Any],
     out: Any = None,
 ) -> Gradients:
-    """What one block of keys gives to ``dq``, and its ``dk`` and ``dv``, at least float32.
+    """What one block of keys gives to ``dq``, and its ``dk`` and ``dv``, at least float32 but where
+    it is in one part.
 
     Parts need ``out``, the whole's output; whatever else, ``delta``.
     """
@@ -194,8 +195,7 @@ def differentiate(
         ) -> tuple[Any, Any, Any]:
             return attention_saved_backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
 
-        found = in_parts.differentiate(dout, q, k, v, out, lse, parts, of_part)
-        return Gradients(*map(widened, found))
+        return Gradients(*in_parts.differentiate(dout, q, k, v, out, lse, parts, of_part))
     if is_tensor(q):
         from isoform.reference.torch.attention import attention_block_backward_tiled as tiled
 
@@ -206,6 +206,13 @@ def differentiate(
             dout, q, k, v, lse, delta, **options, block_q=BLOCK_Q, block_k=BLOCK_K
         )
     )
+
+
+def add(total: Any, part: Any) -> Any:
+    """``total + part``, at least float32. What ``total`` holds, 0 at first, may be overwritten."""
+    if not _on_kernels(part):
+        return total + part
+    return widened(part) if isinstance(total, int) else total.add_(part)
 
 
 def delta_of(dout: Any, out: Any) -> Any:
@@ -245,7 +252,7 @@ def merge_into(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any
 
 
 def _on_kernels(x: Any) -> bool:
-    """Whether ``x`` is on a GPU, and no float64: that, kernels leave to the reference."""
+    """Whether ``x`` is a tensor on a GPU, and no float64: that, kernels leave to the reference."""
     return is_tensor(x) and x.device.type == "cuda" and x.dtype.itemsize < 8
 
 

@@ -14,11 +14,10 @@ shards of a whole group.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import add
 from typing import Any
 
 from isoform.parallel import local
-from isoform.parallel.arrays import astype_of, empty
+from isoform.parallel.arrays import astype_of, empty, widened
 from isoform.parallel.communicator import Communicator, Transfer
 from isoform.parallel.local import Gradients, Mask, Saved
 
@@ -77,17 +76,19 @@ def backward(dout: Any, saved: Saved, comm: Communicator, mask: Mask, groups: Gr
     for owner, its_k, its_v in _visits(k, v, comm, mask, groups):
         options = mask.between(groups[comm.rank], groups[owner], q)
         part = local.differentiate(dout, q, its_k, its_v, lse, delta, options, out)
-        dq = dq + part.dq
+        dq = local.add(dq, part.dq)
         if owner == comm.rank:
             own = (part.dk, part.dv)
             continue
         found: Any = (part.dk, part.dv)
-        if coming is not None:  # what members before this one have found for the visitors
-            found = tuple(map(add, coming.wait(), found))
+        if coming is None:
+            found = tuple(map(widened, found))
+        else:  # what members before this one have found for the visitors
+            found = tuple(map(local.add, coming.wait(), found))
         coming = _pass_on(found, owner, comm, mask, groups, GRADIENTS)
     if coming is not None:
-        own = tuple(map(add, coming.wait(), own))
-    return Gradients(dq, *own)
+        own = tuple(map(local.add, coming.wait(), own))
+    return Gradients(dq, *map(widened, own))
 
 
 def _visits(
