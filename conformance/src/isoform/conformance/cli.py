@@ -979,6 +979,17 @@ def report(
             dir_okay=False,
         ),
     ] = None,
+    scaling: Annotated[
+        Path | None,
+        typer.Option(
+            "--scaling",
+            metavar="RECORDS.jsonl",
+            help="Attention over several GPUs, to be drawn too, or alone: what [cyan]python -m "
+            "isoform.parallel.benchmark.scaling --record[/] wrote.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     matrix: Annotated[
         list[Path] | None,
         typer.Option(
@@ -997,22 +1008,23 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Make an HTML report of a run, of benchmarks, or of both: one file, with its plots, that needs
-    no network.
+    """Make an HTML report of a run, of benchmarks, or of several: one file, with its plots, that
+    needs no network.
     """
     if matrix:
-        if record or benchmarks:
+        if record or benchmarks or scaling:
             _fail("--matrix makes a page of its own: name its records with --matrix alone")
         _write_matrix(matrix, output or matrix[0].with_suffix(".html"))
         return
     from isoform.conformance.benchmarks import boards
     from isoform.conformance.report import save
     from isoform.conformance.run import Run
+    from isoform.conformance.scaling import charts
     from isoform.kernels.benchmark.records import RecordError
 
-    source = record or benchmarks
+    source = record or benchmarks or scaling
     if source is None:
-        _fail("nothing to report: name a RUN.json, or --benchmarks RECORDS.jsonl")
+        _fail("nothing to report: name a RUN.json, or --benchmarks or --scaling RECORDS.jsonl")
     found = Run(())
     if record is not None:
         try:
@@ -1023,9 +1035,13 @@ def report(
         drawn = boards(benchmarks) if benchmarks is not None else ()
     except (RecordError, UnicodeDecodeError) as problem:
         _fail(f"no benchmarks: {problem}")
+    try:
+        over = charts(scaling) if scaling is not None else ()
+    except (ValueError, UnicodeDecodeError) as problem:
+        _fail(f"no records of scaling: {problem}")
     target = output or source.with_suffix(".html")
     with _written_to(target):
-        save(found, target, boards=drawn)
+        save(found, target, boards=drawn, charts=over)
     typer.echo(target)
 
 

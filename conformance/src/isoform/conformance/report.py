@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from isoform.conformance import benchmark_plots, benchmarks
+from isoform.conformance import benchmark_plots, benchmarks, scaling
 from isoform.conformance.budgets import SMALLEST
 from isoform.conformance.console import HEADERS, counts, number, status
 from isoform.conformance.dtypes import FORMATS
@@ -51,6 +51,7 @@ def html(
     run: Run,
     *,
     boards: Sequence[benchmarks.Board] = (),
+    charts: Sequence[scaling.Chart] = (),
     picture: Path | None = None,
     caption: str = "",
 ) -> str:
@@ -59,6 +60,7 @@ def html(
     Args:
         run: The run; one without outcomes is left out.
         boards: Benchmarks, which have a section of their own.
+        charts: Attention over several GPUs, likewise.
         picture: A PNG file of what was judged on, to be shown first; it becomes part of the page.
         caption: What the picture shows, in a sentence or two.
     """
@@ -74,8 +76,9 @@ def html(
     measured = [name for name in run.implementations if _has_errors(run, name)]
     return environment.get_template("report.html.j2").render(
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        headline=_headline(found) if found or not boards else benchmarks.headline(boards),
+        headline=_said(found, boards, charts),
         boards=boards,
+        charts=charts,
         panels=benchmark_plots.panels,
         styles=benchmark_plots.styles,
         run=run,
@@ -105,6 +108,17 @@ def html(
 def save(run: Run, path: str | os.PathLike[str], **shown: Any) -> None:
     """Write the report of ``run``, as :func:`html` makes it, to ``path``, whole or not at all."""
     write_whole(html(run, **shown), Path(path))
+
+
+def _said(
+    found: tuple[Summary, ...],
+    boards: Sequence[benchmarks.Board],
+    charts: Sequence[scaling.Chart],
+) -> str:
+    """The page in a sentence."""
+    if found or not (boards or charts):
+        return _headline(found)
+    return benchmarks.headline(boards) if boards else scaling.headline(charts)
 
 
 def _headline(found: tuple[Summary, ...]) -> str:

@@ -352,9 +352,39 @@ class Record:
     messages: int = 0
     not_run: str = ""
 
+    @property
+    def seconds(self) -> float | None:
+        """Of both passes."""
+        if self.forward_s is None or self.backward_s is None:
+            return None
+        return self.forward_s + self.backward_s
+
     def as_json(self) -> str:
         """One line."""
         return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(line: str) -> Record:
+        """Of :meth:`as_json`; ValueError or TypeError where it is none."""
+        found = json.loads(line)
+        if not isinstance(found, dict) or not isinstance(found.get("point"), dict):
+            raise ValueError("no record of scaling")
+        return Record(**found | {"point": Point(**found["point"])})
+
+
+def read(path: Path) -> tuple[Record, ...]:
+    """All records of a file, oldest first.
+
+    Raises:
+        ValueError: A line is none; the message names it.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            found.append(Record.from_json(line))
+        except (ValueError, TypeError) as problem:
+            raise ValueError(f"{path}, line {number}: {problem}") from problem
+    return tuple(found)
 
 
 def slowest(by_rank: Iterable[Timed]) -> Seconds | None:
@@ -398,8 +428,8 @@ def measure(
                 efficiency=None if one is None else sum(one) / (ranks * sum(taken)),
                 exposed_s=None if silent is None else sum(taken) - sum(silent),
                 predicted_s=predicted(point, ranks, one, rate, competitor) if ours else None,
-                bytes=max(each.bytes for each in found),
-                messages=max(each.messages for each in found),
+                bytes=max(each.bytes for each in found) if ours else 0,
+                messages=max(each.messages for each in found) if ours else 0,
             )
 
 
