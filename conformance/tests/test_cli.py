@@ -367,7 +367,7 @@ def test_known_failures_that_have_gone_are_said(
     known = expected.ExpectedFailure("right", "*", "out/condition", "it was wrong")
     monkeypatch.setattr(expected, "expected_failures", lambda: (known,))
     result = run("check", "right", "--case", CASE)
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "right: 1 check passed, though expected to fail: it was wrong" in result.stdout
 
 
