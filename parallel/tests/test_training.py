@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -576,3 +577,34 @@ def test_gradients_in_several_buckets(training_programs, monkeypatch):
     case = training_programs.Case(EVERYTHING)
     check(case, simulate(training_programs.differentiate, 3, case))
     assert sum_gradients is gradients.sum_gradients
+
+
+@pytest.mark.parametrize("name", ["everything, heads", "baseline", "plain"])
+def test_what_kernels_are_given(training_programs, monkeypatch, name):
+    """As on a GPU: heads padded to what is read at once, the scale that of the true D; positions
+    are not said where they count up. The kernels are played by the reference.
+    """
+    from isoform.parallel.training import attending
+    from isoform.reference.torch.attention import attention as plain_attention
+    from isoform.reference.torch.rotary import rotary_embedding
+
+    asked: list[dict[str, Any]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, kernel: Any, **options: Any) -> Tensor:
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 16 and kernel is None
+        asked.append(options)
+        return plain_attention(q, k, v, **options)
+
+    def turn(q: Tensor, k: Tensor, at: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return rotary_embedding(q, at, **options), rotary_embedding(k, at, **options)
+
+    monkeypatch.setattr(attending, "_on_kernels", lambda x: True)
+    for module, one in (("attention", attend), ("rotary", turn)):
+        name_there = {"attention": "attention", "rotary": "rotary_embedding_qk"}[module]
+        monkeypatch.setattr(import_module(f"isoform.kernels.{module}"), name_there, one)
+    case = training_programs.Case(SETTINGS[name])  # D is 10
+    check(case, simulate(training_programs.differentiate, 1, case))
+    assert bool(asked) == (name != "baseline")
+    for options in asked:
+        assert options.pop("scale") == 10**-0.5
+        assert options == {"causal": True, "segments": None, "positions": None}
