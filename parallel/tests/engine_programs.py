@@ -4,108 +4,199 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.pipelining import Schedule1F1B
+from torch.distributed.tensor import DTensor, Replicate
 
 from isoform.parallel.communicator import Communicator
-from isoform.parallel.training.engines import Engine, mesh_of
-from isoform.parallel.training.switches import Layout, Switches
-from isoform.reference.contract import Unsupported
+from isoform.parallel.communicators.torch_distributed import TorchCommunicator
+from isoform.parallel.training import engines
+from isoform.parallel.training.engines import AXES, Engine, mesh_of
+from isoform.parallel.training.gradients import local, sum_gradients
+from isoform.parallel.training.switches import Layout
 
-if "training_programs" not in sys.modules:
-    spec = importlib.util.spec_from_file_location(
-        "training_programs", Path(__file__).with_name("training_programs.py")
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["training_programs"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["training_programs"])
-from training_programs import Case
+
+def _training_programs() -> Any:
+    """Beside this file: a rank has no path to it."""
+    if "training_programs" not in sys.modules:
+        path = Path(__file__).with_name("training_programs.py")
+        spec = importlib.util.spec_from_file_location("training_programs", path)
+        assert spec is not None and spec.loader is not None
+        sys.modules["training_programs"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["training_programs"])
+    return sys.modules["training_programs"]
+
+
+Case = _training_programs().Case
 
 
 def whole(x: Tensor) -> Any:
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().numpy()
+    """Of a parameter that is shared over ranks. Collective over them."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().numpy().copy()
 
 
 def train(
-    comm: Communicator,
-    cases: list[tuple[Case, Layout]],
-    steps: int,
-    microbatches: int,
-    fault: str = "",
-) -> list[tuple[list[float], dict[str, Any], dict[str, Any], int]]:
-    """Of each case: losses, gradients of the first step, parameters in the end, and numbers that
-    this rank holds of parameters.
-    """
+    comm: Communicator, asked: list[tuple[Any, Layout]], steps: int, microbatches: int
+) -> list[dict[str, Any]]:
+    """Some steps of each case, by its layout, and what came of them."""
+    return [_train(case, layout, steps, microbatches) for case, layout in asked]
+
+
+def train_with_faults(
+    comm: Communicator, asked: list[tuple[str, Any, Layout]], microbatches: int
+) -> list[dict[str, Any]]:
+    """A step of each case, with a fault."""
     found = []
-    for case, layout in cases:
-        switches: Switches = case.switches.but(layout=layout)
-        weights = case.weights()
-        options: dict[str, Any] = {"mesh": mesh_of(layout), "weights": weights}
-        engine = Engine(case.model, switches, dtype=torch.float64, **options)
-        if fault == "averaged":
-            for module in engine._stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_gradient_divide_factor(float(engine.sharers.size))
-        optimizer = torch.optim.AdamW(engine.model.parameters(), lr=1e-2)
-        sharding = engine.model.sharding(case.L)
-        own = case.B // layout.data
-        rows = slice(engine.copies.rank * own, (engine.copies.rank + 1) * own)
-        losses, gradients = [], {}
-        for step in range(steps):
-            optimizer.zero_grad()
-            tokens = sharding.shard(case.tokens(step)[rows], engine.sequence.rank)
-            places = {
-                name: sharding.shard(x, engine.sequence.rank, axis=-1)
-                for name, x in case.places().items()
-            }
-            losses.append(
-                engine.differentiate(tokens, sharding=sharding, microbatches=microbatches, **places)
-            )
-            if step == 0:
-                gradients = {n: whole(p.grad) for n, p in engine.model.named_parameters()}
-            optimizer.step()
-        parameters = {name: whole(p) for name, p in engine.model.named_parameters()}
-        held = sum(
-            (p.to_local() if isinstance(p, DTensor) else p).numel()
-            for p in engine.model.parameters()
-        )
-        found.append((losses, gradients, parameters, held))
+    for fault, case, layout in asked:
+        with FAULTS[fault]():
+            found.append(_train(case, layout, 1, microbatches))
     return found
 
 
-def refused(comm: Communicator, case: Case) -> list[str]:
-    """What is said of wrong calls."""
+def _train(case: Any, layout: Layout, steps: int, microbatches: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "weights": case.weights()}
+    engine = Engine(case.model, case.switches.but(layout=layout), **options)
+    named = dict(engine.model.named_parameters())
+    optimizer = torch.optim.AdamW(named.values(), lr=1e-2)
+    sharding, own = engine.model.sharding(case.L), engine.sequence.rank
+    each, copy = case.B // layout.data, engine.copies.rank
+    rows = slice(copy * each, (copy + 1) * each)
+    places = {
+        name: sharding.shard(x[rows] if x.dim() > 1 else x, own, axis=-1)
+        for name, x in case.places().items()
+    }
+    given: dict[str, Any] = {"sharding": sharding, "microbatches": microbatches, **places}
+    found: dict[str, Any] = {"where": tuple(map(engine.mesh.get_local_rank, AXES)), "losses": []}
+    labels = sharding.shard(case.labels()[rows], own)
+    tokens = sharding.shard(case.tokens()[rows], own)
+    found["summed"] = engine.summed_loss(tokens, labels, **given)
+    for step in range(steps):
+        tokens = sharding.shard(case.tokens(step)[rows], own)
+        found["losses"].append(engine.differentiate(tokens, **given))
+        if step == 0:
+            found["gradients"] = {name: whole(p.grad) for name, p in named.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    found["parameters"] = {name: whole(p) for name, p in named.items()}
+    found["held"] = {name: local(p).numel() for name, p in named.items()}
+    found["states"] = {
+        name: local(optimizer.state[p]["exp_avg"]).numel() for name, p in named.items()
+    }
+    return found
+
+
+def refused(comm: Communicator, case: Any) -> list[str]:
+    """What is said of wrong calls, on 2 ranks."""
     layout = Layout(pipeline=2)
     mesh = mesh_of(layout)
     engine = Engine(case.model, case.switches.but(layout=layout), mesh=mesh)
     replicated = case.switches.but(layout=layout, optimizer="replicated")
-    tokens = case.tokens()
-    places = torch.arange(case.L).expand(case.B, -1)
     calls: list[Any] = [
         lambda: mesh_of(Layout(data=3)),
-        lambda: engine.differentiate(tokens, microbatches=3),
-        lambda: engine.differentiate(tokens, segments=places, positions=places),
+        lambda: engine.differentiate(case.tokens(), microbatches=3),
         lambda: Engine(case.model, replicated, mesh=mesh, compute=torch.bfloat16),
     ]
     found = []
     for call in calls:
         try:
             call()
-        except (ValueError, Unsupported) as error:
+        except ValueError as error:
             found.append(str(error))
     return found
 
 
-def mixed(comm: Communicator, case: Case) -> tuple[float, set[torch.dtype], set[torch.dtype]]:
-    """float32 states, bfloat16 in between, two stages."""
-    switches = case.switches.but(layout=Layout(pipeline=2), optimizer="sharded")
+def mixed(
+    comm: Communicator, case: Any, layout: Layout
+) -> tuple[float, set[torch.dtype], set[torch.dtype]]:
+    """float32 states, bfloat16 in between."""
+    switches = case.switches.but(layout=layout, optimizer="sharded")
     options: dict[str, Any] = {"weights": case.weights(), "compute": torch.bfloat16}
     engine = Engine(case.model, switches, dtype=torch.float32, **options)
-    loss = engine.differentiate(case.tokens(), microbatches=2)
+    rows = engine.copies.rank * (case.B // layout.data)
+    tokens = case.tokens()[rows : rows + case.B // layout.data]
+    loss = engine.differentiate(tokens, microbatches=len(tokens))
     parameters = list(engine.model.parameters())
     return loss, {p.dtype for p in parameters}, {p.grad.dtype for p in parameters}
+
+
+# --- faults ---
+
+
+class _Partial(torch.autograd.Function):
+    """Told to be on all ranks, but its gradient stays this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Any) -> Tensor:
+        return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+
+    @staticmethod
+    def backward(ctx: Any, dx: DTensor) -> tuple[Tensor, None]:
+        return dx.to_local(), None
+
+
+def gradients_of_heads_not_summed() -> Any:
+    class Wrong(engines.PrepareModuleOutput):
+        def _apply(self, module: Any, mesh: Any) -> Any:
+            module.register_forward_hook(lambda _, inputs, out: _Partial.apply(out, mesh))
+            return module
+
+    return patch.object(engines, "PrepareModuleOutput", Wrong)
+
+
+def summed_over_those_that_share_tensors() -> Any:
+    """And so counted twice."""
+
+    def wrong(self: Engine) -> None:
+        sum_gradients(self.model, TorchCommunicator())
+
+    return patch.object(Engine, "_sum_gradients", wrong)
+
+
+def averaged() -> Any:
+    """Over ranks that share states, as FSDP does unless it is told."""
+    return patch.object(FSDPModule, "set_gradient_divide_factor", lambda *_: None)
+
+
+def averaged_over_microbatches() -> Any:
+    def wrong(*args: Any, scale_grads: bool, **options: Any) -> Any:
+        return Schedule1F1B(*args, scale_grads=True, **options)
+
+    return patch.object(engines, "Schedule1F1B", wrong)
+
+
+def means_of_microbatches() -> Any:
+    """Each by its own count."""
+    usual = engines._Stage.forward
+
+    def wrong(self: Any, x: Tensor, **own: Tensor) -> Tensor:
+        self.common["count"] = None
+        return usual(self, x, **own)
+
+    return patch.object(engines._Stage, "forward", wrong)
+
+
+def segments_of_the_first_example() -> Any:
+    usual = engines._Stage.forward
+
+    def wrong(self: Any, x: Tensor, **own: Tensor) -> Tensor:
+        own["segments"] = own["segments"][:1].expand_as(own["segments"])
+        return usual(self, x, **own)
+
+    return patch.object(engines._Stage, "forward", wrong)
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "heads": gradients_of_heads_not_summed,
+    "twice": summed_over_those_that_share_tensors,
+    "averaged": averaged,
+    "microbatches": averaged_over_microbatches,
+    "means": means_of_microbatches,
+    "segments": segments_of_the_first_example,
+}

@@ -36,7 +36,7 @@ class Case:
     dtype: str = "float64"
     documents: tuple[int, ...] | None = None
     restart: bool = False  # positions count from 0 in each document
-    by_example: bool = False  # segments and positions are [B, L]
+    by_example: bool = False  # segments and positions are [B, L], and differ
 
     def weights(self) -> dict[str, Tensor]:
         """Equal wherever they are made, none of them 0; threads share PyTorch's generator."""
@@ -72,12 +72,14 @@ class Case:
         """Segments, and positions where they restart."""
         if self.documents is None:
             return {}
-        packed = Documents((*self.documents, self.L - sum(self.documents)))
-        found = {"segments": torch.from_numpy(packed.segments)}
+        lengths = (*self.documents, self.L - sum(self.documents))
+        orders = [lengths if b % 2 == 0 else lengths[::-1] for b in range(self.B)]
+        packed = [Documents(order) for order in (orders if self.by_example else [lengths])]
+        found = {"segments": torch.from_numpy(np.stack([one.segments for one in packed]))}
         if self.restart:
-            found["positions"] = torch.from_numpy(packed.positions)
-        if self.by_example:
-            found = {name: x.expand(self.B, -1).clone() for name, x in found.items()}
+            found["positions"] = torch.from_numpy(np.stack([one.positions for one in packed]))
+        if not self.by_example:
+            found = {name: x[0] for name, x in found.items()}
         return found
 
     def labels(self, step: int = 0) -> Tensor:

@@ -15,6 +15,8 @@ are offloaded. On every rank, once a process group is there::
 
 Ranks that share parameters are those of the axes ``data`` and ``sequence`` together: what is summed
 over them, or sharded among them, is gradients of one loss, so engines sum and do not average.
+Ranks of the axis ``tensor`` have the same tokens, and the same numbers but for the layers that they
+share: embedding, norms and head are on each of them, and their gradients come out alike.
 
 Source: Shoeybi et al., arXiv 1909.08053; Narayanan et al., arXiv 2104.04473; Zhao et al., arXiv
 2304.11277.
@@ -29,7 +31,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import get_world_size
+from torch.distributed import get_world_size, is_initialized
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -39,21 +41,21 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleOutput,
     RowwiseParallel,
     parallelize_module,
 )
 
 from isoform.parallel.communicators.torch_distributed import TorchCommunicator
 from isoform.parallel.sharding import IGNORE, Sharding
-from isoform.parallel.training.gradients import sum_tensors
+from isoform.parallel.training.gradients import sum_gradients, sum_tensors
 from isoform.parallel.training.model import TrainingLM, build
 from isoform.parallel.training.position_table import PartitionedTable
 from isoform.parallel.training.switches import Layout, Switches
-from isoform.reference.contract import Unsupported
-from isoform.reference.torch.genome_lm import Configuration
+from isoform.reference.torch.genome_lm import Block, Configuration
 
 AXES = ("pipeline", "data", "sequence", "tensor")
 SHARERS = "sharers"
@@ -71,8 +73,10 @@ def mesh_of(layout: Layout, device: str = "cpu") -> DeviceMesh:
         A mesh of :data:`AXES`, of which data and sequence are also one axis, :data:`SHARERS`.
 
     Raises:
-        ValueError: There are not as many ranks.
+        ValueError: There is no process group, or not as many ranks.
     """
+    if not is_initialized():
+        raise ValueError("call torch.distributed.init_process_group before this")
     if (ranks := get_world_size()) != layout.ranks:
         raise ValueError(f"the layout is for {layout.ranks} ranks, but there are {ranks}")
     mesh = init_device_mesh(device, astuple(layout), mesh_dim_names=AXES)
@@ -81,17 +85,20 @@ def mesh_of(layout: Layout, device: str = "cpu") -> DeviceMesh:
 
 
 class _Stage(nn.Module):
-    """What a pipeline or FSDP calls: the model, told where tokens lie."""
+    """What a pipeline or FSDP calls: the model, told what all examples have in common.
+
+    The loss is computed within too: FSDP has parameters whole in a forward alone.
+    """
 
     def __init__(self, model: TrainingLM) -> None:
         super().__init__()
         self.model = model
-        self.place: dict[str, Any] = {}
+        self.common: dict[str, Any] = {}
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, count: int = 0) -> Tensor:
-        """The loss, where there are labels; else what the next stage takes."""
-        hidden = self.model.hidden(x, **self.place)
-        return hidden if labels is None else self.model.loss(hidden, labels, count)
+    def forward(self, x: Tensor, **own: Tensor) -> Tensor:
+        """This rank's part of the loss, ``[1]``; where there is no head, what the next takes."""
+        found = cast(Tensor, self.model(x, **self.common, **own))
+        return found if self.model.head is None else found.reshape(1)
 
 
 class Engine:
@@ -139,6 +146,7 @@ class Engine:
         self.copies = TorchCommunicator(self.mesh.get_group("data"))
         self.sharers = TorchCommunicator(self.mesh[SHARERS].get_group())
         self.stage = (self.mesh.get_local_rank("pipeline"), switches.layout.pipeline)
+        self._compute = compute
         self.model = build(
             configuration,
             switches,
@@ -148,41 +156,44 @@ class Engine:
             dtype=dtype,
             seed=seed,
             weights=weights,
+            share=self._share,
         )
         self._stage = _Stage(self.model)
         self._schedules: dict[tuple[int, ...], Schedule1F1B] = {}
         self._between = compute or next(self.model.blocks.parameters()).dtype
-        self._count = 0
-        if switches.layout.tensor > 1:
-            self._share_tensors()
         if switches.optimizer != "replicated":
-            self._share_states(compute)
+            self._share_rest()
 
-    def _share_tensors(self) -> None:
-        """Heads, and channels of the MLP, over the axis of tensors."""
-        across, along = ColwiseParallel, RowwiseParallel
-        plan: dict[str, Any] = {f"attention.{one}": across() for one in ("query", "key", "value")}
-        plan |= {"attention.output": along(), "mlp.up": across(), "mlp.down": along()}
-        for block in self.model.blocks.values():
-            parallelize_module(block, self.mesh["tensor"], plan)
+    def _share(self, layer: nn.Module) -> None:
+        """Share a block that has its first values, before there is the next."""
+        if not isinstance(layer, Block):
+            return
+        if self.switches.layout.tensor > 1:
+            share_tensors(layer, self.mesh["tensor"])
+        if self.switches.optimizer != "replicated":
+            fully_shard(layer, **self._sharded())
 
-    def _share_states(self, compute: torch.dtype | None) -> None:
-        """Parameters, gradients and optimizer states over those that would have the same."""
-        offloaded = self.switches.optimizer == "offloaded"
-        pinned = self.device.type == "cuda"
-        options: dict[str, Any] = {
-            "mesh": self.mesh[SHARERS],
-            "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offloaded else OffloadPolicy(),
-        }
-        if compute is not None:
-            options["mp_policy"] = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32)
+    def _share_rest(self) -> None:
+        """States of what is in no block, but for a table of which ranks have other rows each."""
         table = self._table()
-        for block in self.model.blocks.values():
-            fully_shard(block, **options)
-        fully_shard(self._stage, ignored_params=set() if table is None else {table}, **options)
+        ignored = set() if table is None else {table}
+        fully_shard(self._stage, ignored_params=ignored, **self._sharded())
         for module in self._stage.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to this
+
+    def _sharded(self) -> dict[str, Any]:
+        """How parameters, gradients and states are shared by those that would have the same."""
+        offloaded = self.switches.optimizer == "offloaded"
+        pinned = self.device.type == "cuda"
+        found: dict[str, Any] = {
+            "mesh": self.mesh[SHARERS],
+            "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offloaded else OffloadPolicy(),
+        }
+        if self._compute is not None:
+            found["mp_policy"] = MixedPrecisionPolicy(self._compute, reduce_dtype=torch.float32)
+        return found
 
     def _table(self) -> nn.Parameter | None:
         """A partitioned table's rows, of which the ranks of a sequence have others each."""
@@ -192,6 +203,7 @@ class Engine:
     def differentiate(
         self,
         tokens: Tensor,
+        labels: Tensor | None = None,
         *,
         sharding: Sharding | None = None,
         positions: Tensor | None = None,
@@ -205,9 +217,10 @@ class Engine:
         Args:
             tokens: int64 ``[B, L_r]``: this rank's of the sequences of its copy; the same on all
                 stages and all ranks that share tensors. B is the same on all copies.
+            labels: int64 ``[B, L_r]``, −100 where there is none; by default the next tokens, as of
+                :class:`~isoform.parallel.training.model.TrainingLM`.
             sharding: Which positions each rank of a sequence has.
-            positions, segments: As of :class:`~isoform.parallel.training.model.TrainingLM`;
-                ``[L_r]`` where there are several stages.
+            positions, segments: As of :class:`~isoform.parallel.training.model.TrainingLM`.
             microbatches: Parts of the batch, one after the other; they fill the stages of a
                 pipeline. Divides B.
 
@@ -216,61 +229,75 @@ class Engine:
 
         Raises:
             ValueError: ``microbatches`` does not divide B.
-            Unsupported: Several stages, and positions or segments that differ between examples.
         """
-        if microbatches < 1 or len(tokens) % microbatches:
-            raise ValueError(f"microbatches={microbatches} must divide the batch of {len(tokens)}")
-        labels = self.model.labels(tokens, sharding, segments)
+        if labels is None:
+            labels = self.model.labels(tokens, sharding, segments)
         own = np.array([int((labels != IGNORE).sum())])
         counts = self.sharers.all_gather(own, [(1,)] * self.sharers.size, operation="count")
-        self._count = int(np.sum(counts))
-        place: dict[str, Any] = {"sharding": sharding, "positions": positions, "segments": segments}
-        if self.stage[1] > 1:
-            reasons = [
-                f"{name} that differ between examples, with several stages"
-                for name, x in place.items()
-                if isinstance(x, Tensor) and x.dim() > 1
-            ]
-            if reasons:
-                raise Unsupported(reasons, "isoform.parallel.training")
-            part = self._by_stages(tokens, labels, place, microbatches)
-        else:
-            part = self._at_once(tokens, labels, place, microbatches)
+        place = {"labels": labels, "positions": positions, "segments": segments}
+        part = self._losses(tokens, place, sharding, int(np.sum(counts)), microbatches)
         self._sum_gradients()
         return self._total(part)
 
-    def _at_once(
-        self, tokens: Tensor, labels: Tensor, place: dict[str, Any], microbatches: int
+    @torch.no_grad()
+    def summed_loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        sharding: Sharding | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        microbatches: int = 1,
     ) -> float:
-        total = 0.0
-        size = len(tokens) // microbatches
-        for i in range(microbatches):
-            rows = slice(i * size, (i + 1) * size)
-            self._stage.place = {
-                name: x[rows] if isinstance(x, Tensor) and x.dim() > 1 else x
-                for name, x in place.items()
-            }
-            if isinstance(self._stage, FSDPModule):
-                self._stage.set_requires_gradient_sync(i == microbatches - 1)
-            loss = self._stage(tokens[rows], labels[rows], self._count)
-            loss.backward()
-            total += loss.item()
-        return total
+        """The loss of this rank's tokens, summed and not the mean, without gradients. Collective.
 
-    def _by_stages(
-        self, tokens: Tensor, labels: Tensor, place: dict[str, Any], microbatches: int
+        Args:
+            tokens, labels, sharding, positions, segments, microbatches: As of
+                :meth:`differentiate`.
+
+        Returns:
+            The sum over this rank's labelled tokens, which ranks that share tensors all have; of
+            several stages the last has it, and the others 0.
+
+        Raises:
+            ValueError: As :meth:`differentiate`.
+        """
+        place = {"labels": labels, "positions": positions, "segments": segments}
+        return self._losses(tokens, place, sharding, 1, microbatches)
+
+    def _losses(
+        self,
+        tokens: Tensor,
+        place: Mapping[str, Tensor | None],
+        sharding: Sharding | None,
+        count: int,
+        microbatches: int,
     ) -> float:
-        self._stage.place = place
-        index, stages = self.stage
+        """This rank's part of the loss; differentiated, where gradients are wanted."""
+        if microbatches < 1 or len(tokens) % microbatches:
+            raise ValueError(f"microbatches={microbatches} must divide the batch of {len(tokens)}")
+        common = {name: x for name, x in place.items() if x is None or x.dim() < 2}
+        own = {name: x for name, x in place.items() if x is not None and x.dim() > 1}
+        self._stage.common = {**common, "sharding": sharding, "count": count}
         losses: list[Tensor] = []
-        schedule = self._schedule(tokens, microbatches)
-        if index == 0:
-            schedule.step(tokens)
-        elif index == stages - 1:
-            schedule.step(target=labels, losses=losses)
+        if self.stage[1] > 1:
+            schedule = self._schedule(tokens, microbatches)
+            index, stages = self.stage
+            step = schedule.step if torch.is_grad_enabled() else schedule.eval
+            given: dict[str, Any] = dict(own)
+            if index == stages - 1:
+                given |= {"target": own["labels"], "losses": losses}
+            step(*([] if index else [tokens]), **given)
         else:
-            schedule.step()
-        return float(sum(loss.item() for loss in losses))
+            size = len(tokens) // microbatches
+            for start in range(0, len(tokens), size or 1):
+                rows = slice(start, start + size)
+                loss = self._stage(tokens[rows], **{name: x[rows] for name, x in own.items()})
+                if torch.is_grad_enabled():
+                    loss.backward()
+                losses.append(loss.detach())
+        return float(sum(loss.sum().item() for loss in losses))
 
     def _schedule(self, tokens: Tensor, microbatches: int) -> Schedule1F1B:
         """That of batches of this shape; shapes are said, so that PyTorch does not try a batch."""
@@ -288,16 +315,13 @@ class Engine:
                 stages,
                 self.device,
                 input_args=(between if index else first,),
-                output_args=(between,),
+                output_args=(between if index < stages - 1 else torch.empty(1, **options),),
                 group=self.mesh.get_group("pipeline"),
             )
             self._schedules[key] = Schedule1F1B(
-                one, microbatches, loss_fn=self._loss, scale_grads=False
+                one, microbatches, loss_fn=_given, scale_grads=False
             )
         return self._schedules[key]
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return self.model.loss(hidden, labels, self._count)
 
     def _sum_gradients(self) -> None:
         """Of parameters that several ranks have whole."""
@@ -305,11 +329,7 @@ class Engine:
         if table is not None and table.grad is not None:
             sum_tensors([table.grad], self.copies)
         if self.switches.optimizer == "replicated":
-            parameters = list(self.model.replicated())
-            for p in parameters:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            sum_tensors((_local(cast(Tensor, p.grad)) for p in parameters), self.sharers)
+            sum_gradients(self.model, self.sharers)
 
     def _total(self, part: float) -> float:
         """The sum over those that share parameters; what the last stage has, on all stages."""
@@ -322,6 +342,27 @@ class Engine:
         return total.item()
 
 
-def _local(x: Tensor) -> Tensor:
-    """What this rank has of it."""
-    return x.to_local() if isinstance(x, DTensor) else x
+def share_tensors(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Share heads of attention and channels of the MLP over ranks, which all have a block whole.
+
+    What LayerNorms give is told to be on all ranks, so that its gradient, which three projections
+    have a part in, is summed over ranks once.
+
+    Args:
+        block: Of the reference's layers.
+        mesh: Of one axis.
+    """
+    everywhere = PrepareModuleOutput(
+        output_layouts=Replicate(), desired_output_layouts=Replicate(), use_local_output=False
+    )
+    plan: dict[str, Any] = {"norm1": everywhere, "norm2": everywhere}
+    plan |= {f"attention.{one}": ColwiseParallel() for one in ("query", "key", "value")}
+    plan |= {"attention.output": RowwiseParallel()}
+    plan |= {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
+    # every rank has the same numbers: each keeps its part of them, and none is sent
+    parallelize_module(block, mesh, plan, src_data_rank=None)
+
+
+def _given(loss: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a stage that has computed it."""
+    return loss.sum()

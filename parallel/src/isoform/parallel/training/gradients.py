@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.training.model import TrainingLM
@@ -23,12 +24,18 @@ def sum_gradients(model: TrainingLM, comm: Communicator) -> None:
 
     Args:
         model: The rank's model, after its backward.
-        comm: The ranks that share a sequence.
+        comm: The ranks that share a sequence; and of what other ranks share, have the same part.
     """
     for parameter in model.replicated():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    sum_tensors((p.grad for p in model.replicated() if p.grad is not None), comm)
+    sum_tensors((local(p.grad) for p in model.replicated() if p.grad is not None), comm)
+
+
+@torch.no_grad()
+def local(x: Tensor) -> Tensor:
+    """What this rank has of a tensor that PyTorch's engines share; others as they are."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def sum_tensors(gradients: Iterable[Tensor], comm: Communicator) -> None:

@@ -8,7 +8,7 @@ of other stages.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
@@ -103,6 +103,14 @@ class TrainingLM(nn.Module):
     def sharding(self, length: int) -> Sharding:
         """Which tokens of a sequence each rank has, as the switches want it."""
         return Sharding(self.switches.sharding, length, self.switches.layout.sequence)
+
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Layers and blocks, by name, each parameter in one of them: a tied head is none."""
+        tied = self.configuration.tied
+        found = {"embedding": self.embedding, "position_table": self.position_table}
+        found |= {f"blocks.{number}": block for number, block in self.blocks.items()}
+        found |= {"norm": self.norm, "head": None if tied else self.head}
+        yield from ((name, layer) for name, layer in found.items() if layer is not None)
 
     def replicated(self) -> Iterator[nn.Parameter]:
         """Parameters that all ranks of a sequence have, whose gradients are to be summed."""
@@ -273,6 +281,7 @@ def build(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     weights: Mapping[str, Tensor] | None = None,
+    share: Callable[[nn.Module], None] | None = None,
 ) -> TrainingLM:
     """A rank's model, with the same numbers at every layout.
 
@@ -286,6 +295,8 @@ def build(
         seed: Of their first values. Each layer has a stream of its own, so that they do not depend
             on the layout; on a GPU they are others than on a processor.
         weights: First values instead, as ``GenomeLM(configuration).state_dict()``; tables whole.
+        share: Called with each layer and block once it has its first values, before there is the
+            next: what it leaves of them is all that there is at the same time.
 
     Returns:
         The model, of which a partitioned table holds the rank's rows alone.
@@ -296,35 +307,34 @@ def build(
     """
     with torch.device("meta"):
         model = TrainingLM(configuration, switches, comm=comm, stage=stage)
-    model = model.to(dtype=dtype).to_empty(device=device or "cpu")
+    model = model.to(dtype=dtype)
+    for name, layer in model.layers():
+        layer.to_empty(device=device or "cpu")
+        if weights is None:
+            _seed(model, name, layer, seed)
+        else:
+            _load(model, name, layer, weights)
+        if share is not None:
+            share(layer)
     if configuration.tied and model.head is not None and model.embedding is not None:
         model.head.weight = model.embedding.weight
-    if weights is None:
-        _seed(model, seed)
-    else:
-        _load(model, weights)
     return model
 
 
 @torch.no_grad()
-def _seed(model: TrainingLM, seed: int) -> None:
-    layers: dict[str, nn.Module | None] = {
-        "embedding": model.embedding,
-        "norm": model.norm,
-        "head": model.head,
-    }
-    layers |= dict(model.blocks.items())
+def _seed(model: TrainingLM, name: str, layer: nn.Module, seed: int) -> None:
+    if isinstance(layer, PartitionedTable):
+        _seed_rows(layer.weight, layer.rows, layer.comm.rank, seed)
+        return
+    if layer is model.position_table:
+        weight = cast(Tensor, layer.weight)
+        _seed_rows(weight, Sharding.contiguous(len(weight), 1), 0, seed)
+        return
+    blocks = [f"blocks.{i}" for i in range(model.configuration.layers)]
+    names = ["embedding", "norm", "head", *blocks]
     with _seeding, torch.random.fork_rng():
-        names = ["embedding", "norm", "head", *map(str, range(model.configuration.layers))]
-        for name, module in layers.items():
-            if module is not None and not (name == "head" and model.configuration.tied):
-                torch.manual_seed(seed * len(names) + names.index(name))
-                initialize(module)
-        table = model.position_table
-        if isinstance(table, nn.Embedding):
-            _seed_rows(table.weight, Sharding.contiguous(table.num_embeddings, 1), 0, seed)
-        elif isinstance(table, PartitionedTable):
-            _seed_rows(table.weight, table.rows, table.comm.rank, seed)
+        torch.manual_seed(seed * len(names) + names.index(name))
+        initialize(layer)
 
 
 def _seed_rows(weight: Tensor, rows: Sharding, rank: int, seed: int, block: int = 1024) -> None:
@@ -338,9 +348,9 @@ def _seed_rows(weight: Tensor, rows: Sharding, rank: int, seed: int, block: int 
 
 
 @torch.no_grad()
-def _load(model: TrainingLM, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        given = weights[name]
-        if name == TABLE and isinstance(model.position_table, PartitionedTable):
-            given = slice_of(given, model.position_table.rows, model.position_table.comm.rank)
+def _load(model: TrainingLM, name: str, layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for own, parameter in layer.named_parameters(name):
+        given = weights[own]
+        if isinstance(layer, PartitionedTable):
+            given = slice_of(given, layer.rows, layer.comm.rank)
         parameter.copy_(given)

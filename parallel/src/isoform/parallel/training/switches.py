@@ -100,9 +100,19 @@ class Switches:
         """Raise where the techniques do not go together, or not with a model.
 
         Raises:
+            ValueError: What is shared over ranks cannot be cut into so many parts.
             Unsupported: With every reason.
         """
         c, layout, found = configuration, self.layout, []
+        for name, size in (("heads", c.heads), ("channels of the MLP", c.ffn)):
+            if size % layout.tensor:
+                raise ValueError(f"tensor={layout.tensor} must divide the {size} {name}")
+        if layout.pipeline > c.layers:
+            raise ValueError(f"pipeline={layout.pipeline} stages are more than {c.layers} blocks")
+        if c.tied and layout.pipeline > 1:
+            raise ValueError(
+                f"a tied head needs the embedding on its stage, but pipeline={layout.pipeline}"
+            )
         if self.attention == "stored" and layout.sequence > 1:
             found.append("attention stored with a sequence over several ranks (computed only)")
         if self.head_groups > 1 and self.checkpointing == "none":
@@ -111,10 +121,6 @@ class Switches:
             found.append("groups of heads with tensor parallelism, which shares heads already")
         if self.head_groups > c.heads:
             found.append(f"{self.head_groups} groups of {c.heads} heads")
-        if c.heads % layout.tensor or c.ffn % layout.tensor:
-            found.append(f"tensor={layout.tensor} for {c.heads} heads and {c.ffn} channels of ffn")
-        if layout.pipeline > c.layers:
-            found.append(f"{layout.pipeline} stages for {c.layers} blocks")
         if found:
             raise Unsupported(found, "isoform.parallel.training")
 
