@@ -49,6 +49,8 @@ SETTINGS: dict[str, Switches] = {
     "blocks": plain(checkpointing="blocks"),
     "offloaded": plain(checkpointing="offloaded"),
     "heads": plain(checkpointing="blocks", head_groups=3),
+    "some inputs": plain(checkpointing="blocks", every=2),
+    "some inputs, offloaded": EVERYTHING.but(tile=4, every=3),
     "everything": EVERYTHING.but(tile=4),
     "everything, heads": EVERYTHING.but(tile=4, head_groups=2, strategy="ring"),
     "baseline": BASELINE,
@@ -145,9 +147,10 @@ def test_any_combination(training_programs, data):
         tile=data.draw(st.integers(1, 9)),
         checkpointing=again,
         head_groups=1 if again == "none" else data.draw(st.integers(1, 4)),
+        every=1 if again == "none" else data.draw(st.integers(1, 4)),
     )
     small = training_programs.configuration(
-        layers=1,
+        layers=data.draw(st.sampled_from([1, 1, 3])),
         positions=data.draw(st.sampled_from(["rotary", "learned"])),
         tied=data.draw(st.booleans()),
         parallel_residual=data.draw(st.booleans()),
@@ -356,6 +359,20 @@ def test_the_host_has_one_tensor_of_each_block(training_programs):
         assert one.offload.bytes_held == 0
 
 
+def test_of_some_blocks_in_a_row_one_input_is_kept(training_programs):
+    """Of 8 blocks, 3 in a row: two inputs, and not that of the last two blocks."""
+    c = training_programs.configuration(layers=8)
+    case = training_programs.Case(EVERYTHING.but(every=3), c)
+    one = build(case.model, case.switches, dtype=torch.float64, weights=case.weights())
+    loss = one(case.tokens())
+    each = case.tokens().numel() * c.hidden * 8
+    assert one.offload.bytes_held == 2 * each
+    loss.backward()
+    assert one.offload.bytes_held == 0
+    assert one.offload.most_held <= 3 * each  # and within three, that of the second
+    check(case, simulate(training_programs.differentiate, 2, case))
+
+
 def test_sums_over_tiles_are_not_of_bfloat16(training_programs, monkeypatch):
     """1024 tiles of one token each: the gradient is as good as in one piece."""
     c = training_programs.configuration(layers=1)
@@ -510,6 +527,7 @@ def test_labels_of_one_rank_are_those_of_many(training_programs):
         ({"strategy": "tree"}, "strategy must be one of auto, ring"),
         ({"tile": 0}, "tile must be at least 1, got 0"),
         ({"head_groups": 0}, "head_groups must be at least 1, got 0"),
+        ({"every": 0}, "every must be at least 1, got 0"),
     ],
 )
 def test_wrong_switches_are_refused(change, message):
@@ -527,11 +545,14 @@ def test_wrong_layouts_are_refused():
 
 def test_all_that_does_not_go_together_is_said(training_programs):
     switches = Switches(
-        layout=Layout(pipeline=2, sequence=2, tensor=2), attention="stored", head_groups=5
+        layout=Layout(pipeline=2, sequence=2, tensor=2),
+        attention="stored",
+        head_groups=5,
+        every=2,
     )
     with pytest.raises(Unsupported) as caught:
         switches.check(training_programs.configuration())
-    assert len(caught.value.reasons) == 4, caught.value.reasons
+    assert len(caught.value.reasons) == 5, caught.value.reasons
 
 
 @pytest.mark.parametrize(

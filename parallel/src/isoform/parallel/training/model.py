@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from isoform.parallel.training.attending import Attending, Place, forbidden
 from isoform.parallel.training.blocks import TrainingBlock
 from isoform.parallel.training.offload import Offload
 from isoform.parallel.training.position_table import PartitionedTable, slice_of
-from isoform.parallel.training.recompute import total_loss, wide
+from isoform.parallel.training.recompute import again, total_loss, wide
 from isoform.parallel.training.switches import Switches
 from isoform.reference.torch.genome_lm import Configuration, initialize
 
@@ -169,14 +170,32 @@ class TrainingLM(nn.Module):
         """What the last block of this stage gives, ``[B, L_r, hidden]``; as :meth:`forward`."""
         place = self._place = self._located(tokens, sharding, positions, segments)
         x = tokens if self.embedding is None else self._embedded(tokens, place)
-        *blocks, last = self.blocks.values()
-        offloaded = self.switches.checkpointing == "offloaded" and torch.is_grad_enabled()
-        with self.offload.hooks() if offloaded else nullcontext():
-            for block in blocks:
+        blocks, every = [*self.blocks.values()], self.switches.every
+        groups = [blocks[i : i + every] for i in range(0, len(blocks), every)]
+        for number, group in enumerate(groups):
+            # what comes last is wanted as soon as its output is there
+            wanted_at_once = number == len(groups) - 1 and self.head is not None
+            with self._kept(offloaded=not wanted_at_once):
+                if len(group) == 1:
+                    x = group[0](x, place.positions, place.segments)
+                else:
+                    x = again(partial(self._through, group, place), x)
+        return x
+
+    def _through(self, group: list[nn.Module], place: Place, x: Tensor) -> Tensor:
+        """Some blocks. Where they are differentiated, the first's input is there anyhow, and the
+        last's is wanted at once.
+        """
+        self._place = place  # of the forward that this is part of
+        for number, block in enumerate(group):
+            with self._kept(offloaded=0 < number < len(group) - 1):
                 x = block(x, place.positions, place.segments)
-        # the last block's input is wanted as soon as its output is there
-        with self.offload.hooks() if offloaded and self.head is None else nullcontext():
-            return cast(Tensor, last(x, place.positions, place.segments))
+        return x
+
+    def _kept(self, offloaded: bool) -> AbstractContextManager[Any]:
+        """Within, what autograd keeps is on the host, if the switches want that, and if it may."""
+        asked = self.switches.checkpointing == "offloaded" and torch.is_grad_enabled()
+        return self.offload.hooks() if asked and offloaded else nullcontext()
 
     def labels(
         self, tokens: Tensor, sharding: Sharding | None = None, segments: Tensor | None = None

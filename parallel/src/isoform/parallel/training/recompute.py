@@ -4,7 +4,7 @@ A branch of a block is added to what runs past it, ``y = base + Σ_pieces f(x)``
 piece computes nothing is kept but x, which the pieces share; so a block keeps one tensor, and while
 it is differentiated there is one piece at a time. A piece is a tile of tokens (an MLP does not look
 beyond it) or a group of heads (whose outputs add up). Each is computed again once: no piece is part
-of a larger one that is recomputed too.
+of a larger one that is recomputed too, unless inputs of some blocks only are kept (:func:`again`).
 
 A piece mostly ends in a linear layer, whose value the backward does not want: :class:`Piece` may
 say how to come to the gradient without (:func:`pull`), which saves a product and its memory.
@@ -110,6 +110,38 @@ class _Recomputed(torch.autograd.Function):
                 dx[:, rows] += own
             del own, found
         return dy, dx, None, None, *sums.rounded()
+
+
+def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, of which the backward keeps x, and calls it again.
+
+    Gradients of what the function uses besides are added to those parameters at once, as the
+    backward goes: of several blocks in a row no sum is wanted.
+
+    Args:
+        function: Of x; in the backward it may keep what it wants.
+        x: Must be differentiated, or nothing is.
+    """
+    if not torch.is_grad_enabled():
+        return function(x)
+    return cast(Tensor, _Again.apply(function, x))  # type: ignore[no-untyped-call]
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x)
+        return function(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None]:
+        part = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(part)
+        torch.autograd.backward(y, dy)
+        return None, part.grad
 
 
 def pull(z: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

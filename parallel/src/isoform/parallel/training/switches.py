@@ -67,6 +67,8 @@ class Switches:
         tile: Tokens in a tile of the loss and of the MLP.
         checkpointing: ``"none"`` keeps what autograd wants; ``"blocks"`` keeps the input of every
             block and computes the rest again; ``"offloaded"`` keeps that in the host's memory.
+        every: Of so many blocks in a row the input is kept; those between are computed again before
+            their blocks are, which is one forward more.
         optimizer: Its states are ``"replicated"``, ``"sharded"`` over the ranks that share
             parameters, or ``"offloaded"``: sharded, and in the host's memory.
 
@@ -85,6 +87,7 @@ class Switches:
     mlp: Literal["whole", "tiled"] = "whole"
     tile: int = 4096
     checkpointing: Literal["none", "blocks", "offloaded"] = "none"
+    every: int = 1
     optimizer: Literal["replicated", "sharded", "offloaded"] = "replicated"
 
     def __post_init__(self) -> None:
@@ -92,7 +95,7 @@ class Switches:
             value, known = getattr(self, name), get_args(hint)
             if known and all(isinstance(one, str) for one in known) and value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        for name in ("head_groups", "tile"):
+        for name in ("head_groups", "tile", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -119,6 +122,8 @@ class Switches:
             found.append("groups of heads without checkpointing, which would keep all of them")
         if self.head_groups > 1 and layout.tensor > 1:
             found.append("groups of heads with tensor parallelism, which shares heads already")
+        if self.every > 1 and self.checkpointing == "none":
+            found.append("inputs of some blocks only without checkpointing, which keeps everything")
         if self.head_groups > c.heads:
             found.append(f"{self.head_groups} groups of {c.heads} heads")
         if found:
