@@ -102,6 +102,9 @@ def seen(name: str, asked: argparse.Namespace) -> list[Record]:
             process.kill()
     finally:
         pool.shutdown(cancel_futures=True)
+    if not outcomes:
+        sys.stderr.write(f"{name}: nothing seen: {ended}\n")
+        return [not_run(peer, f"was not seen to answer: {ended}")] if peer else []
     order = {case.id: place for place, case in enumerate(CASES.values())}
     outcomes.sort(key=lambda outcome: order.get(outcome.case, -1))
     judged = Run(

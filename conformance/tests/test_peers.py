@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +18,7 @@ from isoform.conformance.cli import app
 from isoform.conformance.implementation import Implementation
 from isoform.conformance.implementations.torch import merged
 from isoform.conformance.judge import judge
+from isoform.conformance.matrix import Record
 from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.peers import PEERS
 from isoform.conformance.peers.cuequivariance import as_weight, unit_tokens
@@ -193,3 +197,18 @@ def test_one_mask_is_made_of_all_in_which_a_dropped_key_stays_dropped() -> None:
     alone = merged(q, None, mask_bias, None)
     assert alone is not None
     assert (alone == 1).all()
+
+
+def test_a_record_says_what_was_not_run_and_how_far_a_peer_came(tmp_path: Path) -> None:
+    """One whose package is missing, one that is given no time, and one that is."""
+    root, record = Path(__file__).parents[2], tmp_path / "peers.jsonl"
+    program = [sys.executable, "ci/peers.py", str(record), "sdpa-math"]
+    case = ["--jobs", "1", "--case", "evoformer/length-1/fp32/bare"]
+    for more in (["trifast", *case, "--minutes", "0"], case):
+        subprocess.run([*program, *more], cwd=root, check=True, capture_output=True, timeout=240)
+    late, absent, seen = map(Record.from_json, map(json.loads, record.read_text().splitlines()))
+    assert "was not seen to answer: 0 minutes were up" in late.not_run
+    assert "needs trifast" in absent.not_run
+    assert seen.environment["cases"].startswith("evoformer/length-1/fp32/bare: 1 of ")
+    assert "ended" not in seen.environment
+    assert seen.cells["length"].counts["pass"] > 0
