@@ -39,14 +39,17 @@ Case = _training_programs().Case
 
 def whole(x: Tensor) -> Any:
     """Of a parameter that is shared over ranks. Collective over them."""
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().numpy().copy()
+    if isinstance(x, DTensor):  # in the host's memory NCCL does not see it
+        x = x.to(x.device_mesh.device_type).full_tensor()
+    return x.detach().cpu().numpy().copy()
 
 
 def train(
     comm: Communicator, asked: list[tuple[Any, Layout]], steps: int, microbatches: int
 ) -> list[dict[str, Any]]:
-    """Some steps of each case, by its layout, and what came of them."""
-    return [_train(case, layout, steps, microbatches) for case, layout in asked]
+    """Some steps of each case, by its layout, and what came of them; on GPUs if ranks have them."""
+    device = "cuda" if "cuda" in comm.devices else "cpu"
+    return [_train(case, layout, steps, microbatches, device) for case, layout in asked]
 
 
 def train_with_faults(
@@ -60,31 +63,35 @@ def train_with_faults(
     return found
 
 
-def _train(case: Any, layout: Layout, steps: int, microbatches: int) -> dict[str, Any]:
+def _train(
+    case: Any, layout: Layout, steps: int, microbatches: int, device: str = "cpu"
+) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "weights": case.weights()}
-    engine = Engine(case.model, case.switches.but(layout=layout), **options)
+    engine = Engine(case.model, case.switches.but(layout=layout), device=device, **options)
     named = dict(engine.model.named_parameters())
-    optimizer = torch.optim.AdamW(named.values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(named.values(), lr=1e-2, foreach=False)  # meshes differ
     sharding, own = engine.model.sharding(case.L), engine.sequence.rank
     each, copy = case.B // layout.data, engine.copies.rank
     rows = slice(copy * each, (copy + 1) * each)
     places = {
-        name: sharding.shard(x[rows] if x.dim() > 1 else x, own, axis=-1)
+        name: sharding.shard(x[rows] if x.dim() > 1 else x, own, axis=-1).to(device)
         for name, x in case.places().items()
     }
     given: dict[str, Any] = {"sharding": sharding, "microbatches": microbatches, **places}
     found: dict[str, Any] = {"where": tuple(map(engine.mesh.get_local_rank, AXES)), "losses": []}
-    labels = sharding.shard(case.labels()[rows], own)
-    tokens = sharding.shard(case.tokens()[rows], own)
+    labels = sharding.shard(case.labels()[rows], own).to(device)
+    tokens = sharding.shard(case.tokens()[rows], own).to(device)
     found["summed"] = engine.summed_loss(tokens, labels, **given)
     for step in range(steps):
-        tokens = sharding.shard(case.tokens(step)[rows], own)
+        tokens = sharding.shard(case.tokens(step)[rows], own).to(device)
         found["losses"].append(engine.differentiate(tokens, **given))
         if step == 0:
             found["gradients"] = {name: whole(p.grad) for name, p in named.items()}
         optimizer.step()
         optimizer.zero_grad()
+    last = f"blocks.{max(map(int, engine.model.blocks))}.mlp.up.weight"
     found["parameters"] = {name: whole(p) for name, p in named.items()}
+    found["devices"] = {local(x).device.type for x in optimizer.state[named[last]].values()}
     found["held"] = {name: local(p).numel() for name, p in named.items()}
     found["states"] = {
         name: local(optimizer.state[p]["exp_avg"]).numel() for name, p in named.items()
@@ -101,6 +108,7 @@ def refused(comm: Communicator, case: Any) -> list[str]:
     calls: list[Any] = [
         lambda: mesh_of(Layout(data=3)),
         lambda: engine.differentiate(case.tokens(), microbatches=3),
+        lambda: engine.differentiate(case.tokens(), microbatches=1),
         lambda: Engine(case.model, replicated, mesh=mesh, compute=torch.bfloat16),
     ]
     found = []
@@ -113,17 +121,28 @@ def refused(comm: Communicator, case: Any) -> list[str]:
 
 
 def mixed(
-    comm: Communicator, case: Any, layout: Layout
-) -> tuple[float, set[torch.dtype], set[torch.dtype]]:
-    """float32 states, bfloat16 in between."""
-    switches = case.switches.but(layout=layout, optimizer="sharded")
-    options: dict[str, Any] = {"weights": case.weights(), "compute": torch.bfloat16}
-    engine = Engine(case.model, switches, dtype=torch.float32, **options)
-    rows = engine.copies.rank * (case.B // layout.data)
-    tokens = case.tokens()[rows : rows + case.B // layout.data]
-    loss = engine.differentiate(tokens, microbatches=len(tokens))
-    parameters = list(engine.model.parameters())
-    return loss, {p.dtype for p in parameters}, {p.grad.dtype for p in parameters}
+    comm: Communicator, case: Any, asked: list[Layout]
+) -> list[tuple[float, set[torch.dtype], set[torch.dtype], set[torch.dtype]]]:
+    """float32 states, bfloat16 in between: the loss, and dtypes of parameters, of gradients and of
+    what blocks give.
+    """
+    found = []
+    for layout in asked:
+        switches = case.switches.but(layout=layout, optimizer="sharded")
+        options: dict[str, Any] = {"weights": case.weights(), "compute": torch.bfloat16}
+        engine = Engine(case.model, switches, dtype=torch.float32, **options)
+        between: set[torch.dtype] = set()
+        for block in engine.model.blocks.values():
+            block.register_forward_hook(lambda *given, seen=between: seen.add(given[2].dtype))
+        rows = engine.copies.rank * (case.B // layout.data)
+        sharding = engine.model.sharding(case.L)
+        tokens = case.tokens()[rows : rows + case.B // layout.data]
+        tokens = sharding.shard(tokens, engine.sequence.rank)
+        loss = engine.differentiate(tokens, sharding=sharding, microbatches=len(tokens))
+        parameters = list(engine.model.parameters())
+        kinds = {p.dtype for p in parameters}, {p.grad.dtype for p in parameters}
+        found.append((loss, *kinds, between))
+    return found
 
 
 # --- faults ---

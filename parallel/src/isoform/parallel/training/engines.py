@@ -222,13 +222,13 @@ class Engine:
             sharding: Which positions each rank of a sequence has.
             positions, segments: As of :class:`~isoform.parallel.training.model.TrainingLM`.
             microbatches: Parts of the batch, one after the other; they fill the stages of a
-                pipeline. Divides B.
+                pipeline, and are at least as many. Divides B.
 
         Returns:
             The loss of all tokens, on every rank.
 
         Raises:
-            ValueError: ``microbatches`` does not divide B.
+            ValueError: ``microbatches`` does not divide B, or is less than the stages.
         """
         if labels is None:
             labels = self.model.labels(tokens, sharding, segments)
@@ -277,6 +277,11 @@ class Engine:
         """This rank's part of the loss; differentiated, where gradients are wanted."""
         if microbatches < 1 or len(tokens) % microbatches:
             raise ValueError(f"microbatches={microbatches} must divide the batch of {len(tokens)}")
+        if microbatches < self.stage[1] > 1:
+            raise ValueError(
+                f"microbatches={microbatches} must be at least the {self.stage[1]} stages of the "
+                "pipeline"
+            )
         common = {name: x for name, x in place.items() if x is None or x.dim() < 2}
         own = {name: x for name, x in place.items() if x is not None and x.dim() > 1}
         self._stage.common = {**common, "sharding": sharding, "count": count}
