@@ -86,10 +86,10 @@ def bias_dropout_residual(
     threshold = threshold_of(p)
     if seed is not None and generator is not None:
         raise ValueError("give a seed or a generator that draws one, not both")
-    if is_torch(seed):
-        _check_seed_tensor(seed, x)
-    elif seed is not None:
+    if isinstance(seed, int):  # first: to look at its class is more than PyTorch 2.11 compiles
         check_seed(seed)
+    elif seed is not None:
+        _check_seed_tensor(seed, x)
     _require(operands)
     from isoform.kernels import fused_torch
 
@@ -97,6 +97,8 @@ def bias_dropout_residual(
 
 
 def _check_seed_tensor(seed: Any, x: Any) -> None:
+    if not is_torch(seed):
+        check_seed(seed)
     if dtype_name(seed) != "int64":
         raise TypeError(f"seed must be an int, or a tensor of one int64, got {dtype_name(seed)}")
     if seed.numel() != 1:
