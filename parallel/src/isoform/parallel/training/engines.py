@@ -70,7 +70,7 @@ def mesh_of(layout: Layout, device: str = "cpu") -> DeviceMesh:
         device: The kind of device that each rank has: ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        A mesh of :data:`AXES`, of which data and sequence are also one axis, :data:`SHARERS`.
+        A mesh of :data:`AXES`.
 
     Raises:
         ValueError: There is no process group, or not as many ranks.
@@ -79,9 +79,7 @@ def mesh_of(layout: Layout, device: str = "cpu") -> DeviceMesh:
         raise ValueError("call torch.distributed.init_process_group before this")
     if (ranks := get_world_size()) != layout.ranks:
         raise ValueError(f"the layout is for {layout.ranks} ranks, but there are {ranks}")
-    mesh = init_device_mesh(device, astuple(layout), mesh_dim_names=AXES)
-    mesh["data", "sequence"]._flatten(SHARERS)
-    return mesh
+    return init_device_mesh(device, astuple(layout), mesh_dim_names=AXES)
 
 
 class _Stage(nn.Module):
@@ -98,7 +96,7 @@ class _Stage(nn.Module):
     def forward(self, x: Tensor, **own: Tensor) -> Tensor:
         """This rank's part of the loss, ``[1]``; where there is no head, what the next takes."""
         found = cast(Tensor, self.model(x, **self.common, **own))
-        return found if self.model.head is None else found.reshape(1)
+        return found if self.model.head is None else torch.stack([found])
 
 
 class Engine:
@@ -144,7 +142,8 @@ class Engine:
         self.mesh = mesh_of(switches.layout, device) if mesh is None else mesh
         self.sequence = TorchCommunicator(self.mesh.get_group("sequence"))
         self.copies = TorchCommunicator(self.mesh.get_group("data"))
-        self.sharers = TorchCommunicator(self.mesh[SHARERS].get_group())
+        self._sharing = self.mesh["data", "sequence"]._flatten(SHARERS)  # made once for a mesh
+        self.sharers = TorchCommunicator(self._sharing.get_group())
         self.stage = (self.mesh.get_local_rank("pipeline"), switches.layout.pipeline)
         self._compute = compute
         self.model = build(
@@ -188,7 +187,7 @@ class Engine:
         offloaded = self.switches.optimizer == "offloaded"
         pinned = self.device.type == "cuda"
         found: dict[str, Any] = {
-            "mesh": self.mesh[SHARERS],
+            "mesh": self._sharing,
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offloaded else OffloadPolicy(),
         }
         if self._compute is not None:
