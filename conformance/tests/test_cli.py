@@ -733,7 +733,7 @@ def test_help_imports_nothing_heavy(here: Path) -> None:
 def test_without_torch_the_remedy_is_named(here: Path) -> None:
     (here / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
-    for args in (("check", "right:attention"), ("demo",), ("calibrate",)):
+    for args in (("check", "right:attention"), ("demo",), ("calibrate",), ("train-genome",)):
         done = spawn(*args, cwd=here, PYTHONPATH=path)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "'pip install \"isoform[torch]\"'" in done.stderr

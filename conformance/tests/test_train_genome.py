@@ -142,6 +142,9 @@ def test_what_is_drawn(here):
     assert high > 2
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="the package with the genome has no wheels for this Python"
+)
 def test_the_default_is_a_real_genome(here, monkeypatch):
     path = train_genome.embedded()
     found = train_genome.asked(None, (), 7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,3 +74,9 @@ def whole_run(
 
         Run.step = step  # type: ignore[method-assign]
     return train(told, folder, comm=comm).bits
+
+
+def whole_runs(comm: Communicator, runs: Sequence[tuple[Settings, Path]]) -> None:
+    """Train one after the other."""
+    for told, folder in runs:
+        train(told, folder, comm=comm)

@@ -20,7 +20,11 @@ from isoform.parallel.training.checkpoint import WrongCheckpoint, latest
 from isoform.parallel.training.fasta import BadFasta
 from isoform.parallel.training.loop import Diverged, Run, train
 from isoform.parallel.training.settings import Training, WrongSettings
+from isoform.parallel.training.world import World, joined
 from isoform.reference.contract import Unsupported
+
+RANKS = {"transport": "gloo", "limit": 300.0}
+"""However busy the machine is."""
 
 
 @pytest.fixture
@@ -113,21 +117,21 @@ def test_a_killed_rank_and_other_numbers_of_ranks(programs, fasta, tmp_path, mod
     rounding on fewer and on more."""
     tables = programs.LEARNED if model == "learned" else {}
     told = programs.settings(fasta, 7, tables)
-    launch(programs.whole_run, 2, told, tmp_path / "whole", transport="gloo")
+    launch(programs.whole_run, 2, told, tmp_path / "whole", **RANKS)
     with pytest.raises(LaunchError):
-        launch(programs.whole_run, 2, told, tmp_path / "killed", (1, 5), transport="gloo")
+        launch(programs.whole_run, 2, told, tmp_path / "killed", (1, 5), **RANKS)
     assert latest(tmp_path / "killed" / loop.CHECKPOINTS).name == "step-00000004"
     for name in ("one", "three"):
         (tmp_path / name).mkdir()
         for part in (loop.CHECKPOINTS, loop.LOG):
             source = tmp_path / "killed" / part
             (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name / part)
-    launch(programs.whole_run, 2, told, tmp_path / "killed", transport="gloo")
+    launch(programs.whole_run, 2, told, tmp_path / "killed", **RANKS)
     expected = programs.losses(tmp_path / "whole")
     assert programs.losses(tmp_path / "killed") == expected
 
     train(told, tmp_path / "one")
-    launch(programs.whole_run, 3, told, tmp_path / "three", transport="gloo")
+    launch(programs.whole_run, 3, told, tmp_path / "three", **RANKS)
     train(told, tmp_path / "alone")
     for name in ("one", "three", "alone"):
         found = programs.losses(tmp_path / name)
@@ -146,7 +150,7 @@ def test_copies_of_the_model_that_share_sequences(programs, fasta, tmp_path):
                                                     "layout": {"data": 2, "sequence": 2}}}
     )  # fmt: skip
     train(told, tmp_path / "one")
-    launch(programs.whole_run, 4, layout, tmp_path / "four", transport="gloo")
+    launch(programs.whole_run, 4, layout, tmp_path / "four", **RANKS)
     one, four = (programs.losses(tmp_path / name) for name in ("one", "four"))
     np.testing.assert_allclose([x[2] for x in four], [x[2] for x in one], rtol=2e-6)
     (tmp_path / "one" / loop.LOG).unlink()
@@ -159,6 +163,54 @@ def test_copies_of_the_model_that_share_sequences(programs, fasta, tmp_path):
     for name, x in weights.items():
         if not name.endswith("key.bias"):  # whose gradient is 0 but for rounding, which Adam scales
             torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-5)
+
+
+LAYOUTS = {
+    "sharded": ({"data": 2, "sequence": 2}, "sharded", True),
+    "tensors": ({"sequence": 2, "tensor": 2}, "replicated", False),
+    "offloaded": ({"data": 2, "tensor": 2}, "offloaded", False),
+    "stages": ({"pipeline": 2, "sequence": 2}, "replicated", False),
+}
+"""Degrees, where optimizer states are, and whether positions are a partitioned table."""
+
+
+def test_engines_train_the_same_model_and_go_on(programs, fasta, tmp_path):
+    """Bit for bit on the same ranks, and on one rank to rounding."""
+
+    def told(steps: int, name: str, alone: bool = False):
+        layout, states, learned = LAYOUTS[name]
+        tables = dict(programs.LEARNED) if learned else {}
+        if not alone:
+            own = dict(tables.get("switches", {}))
+            tables["switches"] = {**own, "layout": layout, "optimizer": states}
+        training = {"decay": "constant", "learning_rate": 0.01, "clip": 0.4}
+        return programs.settings(fasta, steps, {**tables, "training": training})
+
+    runs = []
+    for name in LAYOUTS:
+        for folder, steps in (("whole", (6,)), ("halves", (4, 6)), ("half", (4,))):
+            runs += [(told(n, name), tmp_path / name / folder) for n in steps]
+    launch(programs.whole_runs, 4, runs, **RANKS)
+    for name in LAYOUTS:
+        for folder in ("half", "one"):
+            train(told(6, name, alone=True), tmp_path / name / folder)
+        whole, halves, half, one = (
+            {(x[0], x[1]): x[2] for x in programs.losses(tmp_path / name / folder)}
+            for folder in ("whole", "halves", "half", "one")
+        )
+        halves.pop(("held out", 4), None)  # the first half ends with an evaluation of its own
+        half.pop(("held out", 4), None)
+        assert halves == whole, name
+        assert half.keys() == one.keys() == whole.keys()
+        for found in (whole, half):
+            np.testing.assert_allclose([*found.values()], [*one.values()], rtol=5e-6, err_msg=name)
+        norms = [
+            [e["gradient_norm"] for e in loop.read_log(tmp_path / name / folder / loop.LOG)
+             if e["event"] == "step"]
+            for folder in ("whole", "one")
+        ]  # fmt: skip
+        np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4, err_msg=name)
+        assert min(norms[0]) > 0.4  # or nothing was shortened
 
 
 def test_a_save_that_is_killed_leaves_the_one_before(programs, fasta, tmp_path, monkeypatch):
@@ -289,6 +341,7 @@ def test_bad_records_are_named(programs, tmp_path):
     ("tables", "message"),
     [
         ({"switches": {"layout": {"sequence": 2}}}, "switches.layout is for 2 ranks, but there a"),
+        ({"data": {"at_once": 3}}, "data.at_once=3 must divide the 4 windows"),
         ({"data": {"length": 500}}, "data: a window has length=500 tokens, more than the 43"),
         ({"data": {"held_out": 1e-5}}, "data: the part held out must be more than none"),
         (
@@ -304,7 +357,24 @@ def test_settings_that_do_not_fit(programs, fasta, tmp_path, tables, message):
 
 def test_what_is_not_for_this_loop(programs, fasta, tmp_path):
     told = programs.settings(fasta, 2, {"switches": {"optimizer": "sharded"}})
-    with pytest.raises(Unsupported, match="optimizer=sharded"):
+    with pytest.raises(Unsupported, match="optimizer=sharded without a process group"):
         train(told, tmp_path / "run")
     with pytest.raises(TypeError, match=r"ranks must be those of torch.distributed, got object"):
         train(told, tmp_path / "run", comm=object())
+
+
+def test_a_pipeline_needs_a_part_for_each_stage(programs, fasta):
+    for at_once, stages in ((0, 2), (2, 4)):
+        layout = {"switches": {"layout": {"pipeline": stages}}, "model": {"layers": 4}}
+        told = programs.settings(fasta, 2, {"data": {"at_once": at_once}, **layout})
+        with pytest.raises(WrongSettings, match=rf"at_once={at_once}: the 4 windows .* {stages}$"):
+            loop._switches(told, stages, grouped=True)
+
+
+def test_one_rank_can_be_a_group(programs, fasta, tmp_path):
+    told = programs.settings(fasta, 3, {"switches": {"optimizer": "offloaded"}})
+    with joined(World(), group=True) as comm:
+        train(told, tmp_path / "group", comm=comm)
+    train(programs.settings(fasta, 3), tmp_path / "plain")
+    found, expected = (programs.losses(tmp_path / name) for name in ("group", "plain"))
+    np.testing.assert_allclose([x[2] for x in found], [x[2] for x in expected], rtol=2e-6)

@@ -1619,7 +1619,9 @@ def train_genome(
         settings = genome.asked(config, fasta or (), steps)
         to = console(stderr=json == "-")
         with (
-            worlds.joined(here, device=device) as comm,
+            worlds.joined(
+                here, device=device, group=settings.switches.optimizer != "replicated"
+            ) as comm,
             genome.told(to, settings, quiet=quiet or here.rank > 0) as report,
         ):
             found = loop.train(settings, output, comm=comm, device=device, report=report)

@@ -10,7 +10,8 @@ its own part::
 It is written as ``step-00000700.unfinished`` and takes its name when all ranks have done their
 part, which is on disk by then: a save that is killed leaves the one before it as it was.
 
-Numbers are saved whole, under the names of the reference's parameters, whoever holds what of them.
+Numbers are saved whole, in float32, under the names of the reference's parameters, whoever holds
+what of them, and in how many bits.
 Rows of a partitioned table lie with ranks as tokens do, which no format of arrays describes; to be
 saved, they are passed to ranks in order, and back when they are read.
 """
@@ -205,7 +206,7 @@ def _set_random(state: Mapping[str, Tensor], rank: int) -> None:
 
 def _state(model: TrainingLM, optimizer: NamedAdamW) -> State:
     """Model and optimizer, as all ranks' checkpoint has them."""
-    weights = dict(model.state_dict())
+    weights: State = {**model.state_dict(), **optimizer.copies}
     moments: State = dict(optimizer.state())
     table = model.position_table
     if isinstance(table, PartitionedTable):
@@ -224,8 +225,7 @@ def _set_state(model: TrainingLM, optimizer: NamedAdamW, state: State) -> None:
         moments[TABLE] = {
             name: _as_tokens(x, table) if x.ndim else x for name, x in moments[TABLE].items()
         }
-    model.load_state_dict(weights)
-    optimizer.load(moments)
+    optimizer.load(weights, moments)
 
 
 def _ordered(rows: Sharding) -> Sharding:

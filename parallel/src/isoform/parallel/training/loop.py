@@ -21,7 +21,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.communicators.torch_distributed import TorchCommunicator
 from isoform.parallel.sharding import IGNORE
 from isoform.parallel.training import checkpoint, markov
 from isoform.parallel.training.data import Batch, Genome, Window, Windows, batch, held_out, load
-from isoform.parallel.training.gradients import sum_gradients, sum_tensors
-from isoform.parallel.training.model import build
+from isoform.parallel.training.engines import Engine
+from isoform.parallel.training.model import TABLE, build
 from isoform.parallel.training.optimizer import NamedAdamW
 from isoform.parallel.training.position_table import PartitionedTable
 from isoform.parallel.training.settings import Data, Settings, WrongSettings
@@ -172,14 +173,9 @@ class Run:
             raise TypeError(f"ranks must be those of torch.distributed, got {type(comm).__name__}")
         self.folder, self.comm, self.device = folder, comm, device
         self.rank, ranks = (0, 1) if comm is None else (comm.rank, comm.size)
-        switches = _switches(settings, ranks)
+        switches = _switches(settings, ranks, grouped=comm is not None)
         self.settings = replace(settings, switches=switches)
         data, model, training = settings.data, settings.model, settings.training
-        self.sequence: Communicator | None = None
-        self.copies: Communicator | None = None
-        if comm is not None:
-            self.sequence, self.copies = comm.grid(switches.layout.sequence)
-        self.copy = 0 if self.copies is None else self.copies.rank
         genome = self._genome()
         try:
             self.training_part, self.held_out_part = genome.split(data.held_out)
@@ -199,15 +195,18 @@ class Run:
             parts = (self.training_part, self.held_out_part)
             self.markov_bits, self.markov_bases = markov_bits(*parts, data)
         torch.manual_seed(training.seed)
-        shared = self.sequence if switches.layout.sequence > 1 else None
-        self.model = build(
-            model,
-            switches,
-            comm=shared,
-            device=device,
-            dtype=getattr(torch, training.dtype),
-            seed=training.seed,
-        )
+        dtype, seed = getattr(torch, training.dtype), training.seed
+        self.engine: Engine | None = None
+        if comm is None:
+            self.model = build(model, switches, device=device, dtype=dtype, seed=seed)
+        else:
+            # where states are sharded, so are parameters, and 16 bits are for computing alone
+            bits: dict[str, Any] = {"dtype": dtype}
+            if switches.optimizer != "replicated":
+                bits = {"dtype": torch.float32, "compute": dtype}
+            self.engine = Engine(model, switches, device=device, seed=seed, **bits)
+            self.model = self.engine.model
+        self.copy = 0 if self.engine is None else self.engine.copies.rank
         self.sharding = self.model.sharding(data.length)
         self.optimizer = NamedAdamW(
             self.model, betas=training.betas, weight_decay=training.weight_decay
@@ -280,16 +279,10 @@ class Run:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         rate = self.settings.training.rate(step)
-        batches = [self._batch(windows) for windows in self._own(self.windows.at(step))]
-        count = int(self._total(sum(int((one.labels != IGNORE).sum()) for one in batches)))
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for one in batches:
-            part = self._loss(one, count)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
-        self._sum_gradients()
+        one = self._batch(self._own(self.windows.at(step)))
+        count = self._count(one)
+        mean = self._differentiated(one, count)
         norm, longest = self._norm(), self.settings.training.clip
-        mean = self._total(float(loss))
         if not (math.isfinite(mean) and math.isfinite(norm)):
             kept = checkpoint.latest(self.folder / CHECKPOINTS)
             raise Diverged(
@@ -318,14 +311,19 @@ class Run:
         """Predict the held-out part, all of it; how well, as a line of the log."""
         began = time.perf_counter()
         data, own = self.settings.data, self.settings.switches.layout.data
-        windows = held_out(self.held_out_part, data.tokenizer, data.length)[self.copy :: own]
-        at_once = data.at_once or -(-data.batch // own)
+        every = held_out(self.held_out_part, data.tokenizer, data.length)
+        windows, size = every[self.copy :: own], data.batch // own
         total, count = 0.0, 0
-        for start in range(0, len(windows), at_once):
-            one = self._batch(windows[start : start + at_once], once=True)
-            total += float(self._loss(one, 1))
+        # All copies call equally often, with as many windows: where states are sharded they share
+        # a call, and stages of a pipeline know shapes beforehand.
+        for start in range(0, -(-len(every) // own), size):
+            some = windows[start : start + size]
+            one = self._batch([*some, *every[:1] * (size - len(some))], once=True)
+            one.labels[len(some) :] = IGNORE
+            total += self._summed_loss(one)
             count += int((one.labels != IGNORE).sum())
-        nats, labelled = self._total(total), int(self._total(count))
+        nats = self._total(total) / self.settings.switches.layout.tensor
+        labelled = round(self._total(count)) // self._same
         loss = nats / max(labelled, 1)
         if self.rank == 0 and labelled * data.tokenizer.width != self.markov_bases:
             raise AssertionError(
@@ -344,48 +342,83 @@ class Run:
 
     # --- a rank's part ---
 
-    def _own(self, windows: Sequence[Window]) -> list[Sequence[Window]]:
-        """This copy's windows of a step, in parts that are computed with at once."""
+    @property
+    def _parts(self) -> int:
+        """How many times a copy computes in a step, one after the other."""
+        data, layout = self.settings.data, self.settings.switches.layout
+        return data.batch // layout.data // (data.at_once or data.batch // layout.data)
+
+    @property
+    def _same(self) -> int:
+        """How many ranks have the same tokens."""
+        return self.settings.switches.layout.tensor * self.settings.switches.layout.pipeline
+
+    def _own(self, windows: Sequence[Window]) -> Sequence[Window]:
+        """This copy's windows of a step."""
         each = len(windows) // self.settings.switches.layout.data
-        own = windows[self.copy * each : (self.copy + 1) * each]
-        size = self.settings.data.at_once or each
-        return [own[start : start + size] for start in range(0, each, size)]
+        return windows[self.copy * each : (self.copy + 1) * each]
 
     def _batch(self, windows: Sequence[Window], *, once: bool = False) -> Batch:
-        rank = 0 if self.sequence is None else self.sequence.rank
+        rank = 0 if self.engine is None else self.engine.sequence.rank
         found = batch(windows, self.sharding, rank, once=once)
         segments = None if found.segments is None else found.segments.to(self.device)
         return Batch(found.tokens.to(self.device), found.labels.to(self.device), segments)
 
-    def _loss(self, one: Batch, count: int) -> Tensor:
-        found: Tensor = self.model(
-            one.tokens, one.labels, sharding=self.sharding, segments=one.segments, count=count
-        )
-        return found
+    def _count(self, one: Batch) -> int:
+        """Labelled tokens of all copies and all ranks of a sequence."""
+        return round(self._total(int((one.labels != IGNORE).sum()))) // self._same
 
-    def _table(self) -> Tensor | None:
-        """The gradient of a partitioned table's rows."""
-        table = self.model.position_table
-        return table.weight.grad if isinstance(table, PartitionedTable) else None
+    def _differentiated(self, one: Batch, count: int) -> float:
+        """The mean loss, whose gradient parameters have afterwards."""
+        parts = self._parts
+        if self.engine is not None:
+            return self.engine.differentiate(
+                one.tokens,
+                one.labels,
+                sharding=self.sharding,
+                segments=one.segments,
+                microbatches=parts,
+            )
+        total = 0.0
+        for some, segments in _cut(one, parts):
+            loss = self.model(*some, segments=segments, count=count)
+            loss.backward()
+            total += loss.item()
+        return total
 
-    def _sum_gradients(self) -> None:
-        if self.comm is None or self.copies is None:
-            return
-        sum_gradients(self.model, self.comm)
-        if (rows := self._table()) is not None:
-            sum_tensors([rows], self.copies)
+    def _summed_loss(self, one: Batch) -> float:
+        """The loss of this rank's tokens, as a sum; of stages the last has it."""
+        parts = self._parts
+        if self.engine is not None:
+            return self.engine.summed_loss(
+                one.tokens,
+                one.labels,
+                sharding=self.sharding,
+                segments=one.segments,
+                microbatches=parts,
+            )
+        return sum(float(self.model(*some, segments=at, count=1)) for some, at in _cut(one, parts))
 
     def _norm(self) -> float:
         """The norm of the gradient of all parameters."""
-
-        def squared(x: Tensor) -> float:
-            return float(torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2
-
-        own = sum(squared(p.grad) for p in self.model.replicated() if p.grad is not None)
-        rows = self._table()
-        if rows is not None and self.sequence is not None:
-            own += sum(self._gathered(squared(rows), self.sequence))
-        return math.sqrt(own)
+        layout = self.settings.switches.layout
+        replicas = layout.data * layout.sequence * layout.tensor
+        squares: dict[torch.device, list[Tensor]] = {}
+        for name, p in self.model.named_parameters():
+            if p.grad is None:
+                continue
+            gradient, parts = p.grad, 1
+            if isinstance(gradient, DTensor):
+                mesh = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+                parts = math.prod(size for size, how in mesh if not how.is_replicate())
+                gradient = gradient.to_local()
+            elif name == TABLE and isinstance(self.model.position_table, PartitionedTable):
+                parts = layout.sequence
+            # all ranks' are added up, as often as a part is there
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
+            squares.setdefault(norm.device, []).append(norm.square() * parts / replicas)
+        own = sum(float(torch.stack(some).sum()) for some in squares.values())
+        return math.sqrt(self._total(own))
 
     def _gathered(self, x: float, comm: Communicator | None = None) -> list[float]:
         """A number of each rank."""
@@ -399,7 +432,11 @@ class Run:
         return sum(self._gathered(x))
 
     def _sent(self) -> int:
-        return 0 if self.comm is None else sum(self.comm.traffic.bytes_by.values())
+        """Bytes that this rank has sent by our communicators; PyTorch's engines do not say."""
+        if self.comm is None or self.engine is None:
+            return 0
+        ours = (self.comm, self.engine.sequence, self.engine.copies, self.engine.sharers)
+        return sum(sum(comm.traffic.bytes_by.values()) for comm in ours)
 
     def _peak(self) -> int:
         """The most bytes held: of a GPU's memory in this step, or of this process's so far."""
@@ -409,7 +446,7 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _switches(settings: Settings, ranks: int) -> Switches:
+def _switches(settings: Settings, ranks: int, *, grouped: bool) -> Switches:
     """The switches for so many ranks: if no layout was given, all share the sequence."""
     switches, model, data = settings.switches, settings.model, settings.data
     if switches.layout.ranks == 1 < ranks:
@@ -417,23 +454,38 @@ def _switches(settings: Settings, ranks: int) -> Switches:
     layout = switches.layout
     if layout.ranks != ranks:
         raise WrongSettings(f"switches.layout is for {layout.ranks} ranks, but there are {ranks}")
-    found = [
-        f"{name}={degree}"
-        for name, degree in (("pipeline", layout.pipeline), ("tensor", layout.tensor))
-        if degree > 1
-    ]
-    if switches.optimizer != "replicated":
-        found.append(f"optimizer={switches.optimizer}")
+    found = []
+    if switches.optimizer != "replicated" and not grouped:
+        found.append(f"optimizer={switches.optimizer} without a process group")
     if found:
         raise Unsupported(found, "isoform train-genome")
     switches.check(model)
     if data.batch % layout.data:
         raise WrongSettings(f"data.batch={data.batch} must be a multiple of {layout.data} copies")
+    if data.at_once and data.batch // layout.data % data.at_once:
+        raise WrongSettings(
+            f"data.at_once={data.at_once} must divide the {data.batch // layout.data} windows that "
+            "a copy has in a step"
+        )
+    own = data.batch // layout.data
+    if layout.pipeline > max(1, own // (data.at_once or own)):
+        raise WrongSettings(
+            f"data.at_once={data.at_once}: the {own} windows that a copy has in a step must be at "
+            f"least as many times so many as there are stages, {layout.pipeline}"
+        )
     if model.positions == "learned" and model.max_length < data.length:
         raise WrongSettings(
             f"model.max_length={model.max_length} is less than data.length={data.length}"
         )
     return switches
+
+
+def _cut(one: Batch, parts: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None]]:
+    """Tokens and labels, and segments, of some windows at a time."""
+    for number in range(parts):
+        rows = slice(number * len(one.tokens) // parts, (number + 1) * len(one.tokens) // parts)
+        segments = None if one.segments is None else one.segments[rows]
+        yield (one.tokens[rows], one.labels[rows]), segments
 
 
 def markov_bits(train: Genome, test: Genome, data: Data) -> tuple[float, int]:

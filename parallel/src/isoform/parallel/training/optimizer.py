@@ -22,6 +22,10 @@ STATES = ("exp_avg", "exp_avg_sq", "step")
 class NamedAdamW:
     """AdamW; weights of linear layers decay, and biases, gains and tables of vectors do not.
 
+    Attributes:
+        parameters: By name.
+        copies: By name, what is stepped: the parameter itself, if it is of float32.
+
     Args:
         model: Whose parameters.
         betas: Decay of the two moments.
@@ -39,8 +43,12 @@ class NamedAdamW:
         }
         self._chunks: list[tuple[list[str], torch.optim.AdamW]] = []
         for decays in (True, False):
-            names = [name for name, p in self.parameters.items() if (p in decaying) == decays]
-            for chunk in self._cut(names):
+            # on a GPU PyTorch steps several at once, which must be of one mesh
+            kinds: dict[object, list[str]] = {}
+            for name, p in self.parameters.items():
+                if (p in decaying) == decays:
+                    kinds.setdefault(getattr(p, "device_mesh", None), []).append(name)
+            for chunk in (chunk for names in kinds.values() for chunk in self._cut(names)):
                 copies = [self.copies[name] for name in chunk]
                 decay = weight_decay if decays else 0.0
                 fused = copies[0].device.type == "cuda"
@@ -86,8 +94,7 @@ class NamedAdamW:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What is kept of each parameter, by its name; zeros before its first step.
 
-        Moments are tensors of the parameter's shape, as is ``copy`` where it has one; ``step`` is a
-        scalar.
+        Moments are tensors of the parameter's shape; ``step`` is a scalar.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for names, adamw in self._chunks:
@@ -100,15 +107,16 @@ class NamedAdamW:
                     kept["exp_avg"] = torch.zeros_like(copy)
                     kept["exp_avg_sq"] = torch.zeros_like(copy)
                 found[name] = {state: kept[state] for state in STATES}
-                if copy is not self.parameters[name]:
-                    found[name]["copy"] = copy
         return found
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from what :meth:`state` gave; of the same parameters."""
+    def load(
+        self, parameters: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Go on from ``copies`` and what :meth:`state` gave, of the same names."""
         for name, own in self.state().items():
             for key, x in own.items():
                 x.copy_(state[name][key])
-            if "copy" in own:
-                self.parameters[name].copy_(own["copy"])
+            self.copies[name].copy_(parameters[name])
+            if self.copies[name] is not self.parameters[name]:
+                self.parameters[name].copy_(self.copies[name])

@@ -74,14 +74,15 @@ def first_host(nodes: str) -> str:
 
 @contextmanager
 def joined(
-    here: World, *, device: str = "cpu", patience: float = 1800.0
+    here: World, *, device: str = "cpu", patience: float = 1800.0, group: bool = False
 ) -> Iterator[Communicator | None]:
-    """All ranks, joined by ``torch.distributed``; None where there is one.
+    """All ranks, joined by ``torch.distributed``; None where there is one, and no group is wanted.
 
     Args:
         here: Which this is.
         device: ``"cpu"``, or ``"cuda"``: then this rank's GPU becomes the current one.
         patience: Seconds that a rank waits for another before it fails.
+        group: One rank makes a group too, as PyTorch's engines need it.
 
     Raises:
         ImportError: torch is missing; or mpi4py, where nothing else says how to meet.
@@ -89,7 +90,7 @@ def joined(
     """
     if device == "cuda":
         _take_gpu(here)
-    if here.ranks == 1:
+    if here.ranks == 1 and not group:
         yield None
         return
     from isoform.parallel.communicators.torch_distributed import TorchCommunicator, load
@@ -97,7 +98,10 @@ def joined(
     dist = load()
     limit = datetime.timedelta(seconds=patience)
     # torchrun's store outlives a restart: ranks must not find addresses of those before them there
-    store, _, _ = next(dist.rendezvous(_meeting(here), here.rank, here.ranks, timeout=limit))
+    if here.ranks == 1:
+        store = dist.HashStore()
+    else:
+        store, _, _ = next(dist.rendezvous(_meeting(here), here.rank, here.ranks, timeout=limit))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store),
