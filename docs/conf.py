@@ -20,7 +20,10 @@ extensions = [
 ]
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["ref.python"]  # two classes may have an attribute of the same name
+suppress_warnings = [
+    "ref.python",  # two classes may have an attribute of the same name
+    "myst-nb.lexer",  # unknown where cells are not run
+]
 exclude_patterns = ["_build", "tests", "tools", "**/.ipynb_checkpoints"]
 
 html_theme = "furo"
@@ -65,7 +68,7 @@ def sources_digest() -> str:
 
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "docs" / "_build" / "cells" / sources_digest())
-nb_execution_timeout = 120
+nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_excludepatterns = ["how-to/*"]
