@@ -274,7 +274,12 @@ def _peers() -> Iterable[str]:
     labels = {one.name: one.label for one in matrix.BEHAVIOURS}
     for operation in dict.fromkeys(record.operation for record in found):
         rows = [record for record in found if record.operation == operation and not record.not_run]
-        absent = [record for record in found if record.operation == operation and record.not_run]
+        ran = {record.implementation for record in rows}
+        absent = [
+            record
+            for record in found
+            if record.operation == operation and record.not_run and record.implementation not in ran
+        ]
         present = [name for name in SHOWN if any(name in record.cells for record in rows)]
         head = ("", "where", *(labels[name] for name in present), "error / budget, p99")
         yield f"### {operation}, of others\n\n" + table(

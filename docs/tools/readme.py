@@ -115,44 +115,62 @@ def _bytes(size: int | None) -> str:
     return f"{size / 2**30:.2g} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+OURS = ("torch-reference", "torch-tiled", "torch-flex")
+"""In the record of peers beside them, and judged in every run."""
+
+
 def peers() -> str:
     """What was seen of other people's kernels: how many checks failed, and of what kind."""
-    rows = [["implementation", "on", "checks", "wrong", "what fails"], ["---"] * 5]
-    absent = []
-    for record in matrix.read(RESULTS / "peers.jsonl"):
-        if record.implementation.startswith("torch-") and not record.not_run:
-            continue  # these are ours to wrap, and judged in every run
-        if record.not_run:
-            absent.append(record.implementation)
+    rows = [["implementation", "on", "pass", "wrong", "raises", "what is wrong"], ["---"] * 6]
+    seen, idle = set(OURS), []
+    found = matrix.read(RESULTS / "peers.jsonl")
+    for record in sorted(found, key=lambda one: (one.operation, one.implementation)):
+        if record.implementation in OURS or record.not_run:
+            continue
+        counts = _counts(record)
+        seen.add(record.implementation)
+        if counts["pass"] + counts["wrong"]:
+            rows.append(_peer(record, counts))
         else:
-            rows.append(_peer(record))
+            idle.append(f"`{record.implementation}` ({_place(record)})")
+    absent = dict.fromkeys(one.implementation for one in found if one.implementation not in seen)
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{table}\n\nWrapped and not run so far, for want of the GPUs they need: " + (
-        ", ".join(f"`{name}`" for name in dict.fromkeys(absent)) + "."
-    )
+    raised = f"Nothing but an error came from {', '.join(idle)}. " if idle else ""
+    names = ", ".join(f"`{name}`" for name in absent)
+    return f"{table}\n\n{raised}Wrapped and not run so far: {names}."
 
 
-def _peer(record: matrix.Record) -> list[str]:
+def _counts(record: matrix.Record) -> Counter[str]:
     counts: Counter[str] = Counter()
     for name in DTYPES:
         if cell := record.cells.get(name):
             counts.update(cell.counts)
-    wrong = sum(n for verdict, n in counts.items() if Verdict(verdict).fails)
-    checked = sum(n for verdict, n in counts.items() if Verdict(verdict) not in matrix.IDLE)
-    labels = {one.name: one.label for one in matrix.BEHAVIOURS if one.group != "dtype"}
-    failing = sorted(
-        (cell.failures / max(cell.checked, 1), labels[name])
-        for name, cell in record.cells.items()
-        if name in labels and cell.failures
-    )[::-1]
+    return counts
+
+
+def _place(record: matrix.Record) -> str:
     place = record.environment.get("gpu") or record.environment.get("device", "")
+    return f"{place}, {record.environment['date'][:10]}"
+
+
+def _peer(record: matrix.Record, counts: Counter[str]) -> list[str]:
+    labels = {one.name: one.label for one in matrix.BEHAVIOURS if one.group != "dtype"}
+    wrong = sorted(
+        (-cell.counts["wrong"] / max(cell.checked, 1), labels[name])
+        for name, cell in record.cells.items()
+        if name in labels and cell.counts.get("wrong")
+    )
     return [
         f"`{record.implementation}`, {record.operation}",
-        f"{place}, {record.environment['date'][:10]}",
-        str(checked),
-        f"**{wrong}**" if wrong else "0",
-        ", ".join(label for _, label in failing[:4]) or "–",
+        _place(record),
+        str(counts["pass"]),
+        f"**{counts['wrong']}**" if counts["wrong"] else "0",
+        str(sum(counts[verdict] for verdict in RAISES)),
+        ", ".join(label for _, label in wrong[:4]) or "–",
     ]
+
+
+RAISES = (Verdict.ERROR, Verdict.BROKEN_DECLARATION, Verdict.BAD_REFUSAL)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"times": times, "peers": peers}
