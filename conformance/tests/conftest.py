@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterator
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def known_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     """Puts other expected failures in force: tables with the fields of an ExpectedFailure."""
     path = tmp_path / "expected_failures.toml"
 
-    def record(*entries: dict[str, str]) -> None:
+    def record(*entries: dict[str, str | bool]) -> None:
         tables = (
-            "\n".join(["[[failure]]", *(f'{key} = "{value}"' for key, value in entry.items())])
+            "\n".join(["[[failure]]", *(f"{key} = {dumps(x)}" for key, x in entry.items())])
             for entry in entries
         )
         path.write_text("\n\n".join(tables))

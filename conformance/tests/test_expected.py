@@ -108,6 +108,19 @@ def test_a_known_fault_that_is_gone_is_told(
     assert no_longer_fails(make_outcome(Verdict.PASS, check="determinism")) is not None
 
 
+def test_a_fault_that_shows_sometimes_may_pass_and_one_of_a_device_is_known_there_alone(
+    make_outcome: MakeOutcome, known_faults: KnownFaults
+) -> None:
+    failing, passing = make_outcome(parts=BROKEN), make_outcome(Verdict.PASS, parts=BROKEN)
+    known_faults(ENTRY | {"sometimes": True, "device": "cuda"})
+    assert explain(failing, "cuda") == "a tile is lost"
+    assert explain(failing, "cpu") is None
+    assert no_longer_fails(passing, "cuda") is None
+    known_faults(ENTRY | {"device": "cuda"})
+    assert no_longer_fails(passing, "cuda") is not None
+    assert no_longer_fails(passing, "cpu") is None
+
+
 def test_a_known_fault_that_was_not_looked_for_is_not_gone(
     make_outcome: MakeOutcome, known_faults: KnownFaults
 ) -> None:

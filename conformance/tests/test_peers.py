@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ from typer.testing import CliRunner
 
 from isoform.conformance.cli import app
 from isoform.conformance.implementation import Implementation
+from isoform.conformance.implementations.torch import aligned as aligned_rows
 from isoform.conformance.implementations.torch import merged
-from isoform.conformance.judge import judge
+from isoform.conformance.judge import judge, judge_invalid_calls
 from isoform.conformance.matrix import Record
 from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.peers import PEERS
@@ -212,3 +214,23 @@ def test_a_record_says_what_was_not_run_and_how_far_a_peer_came(tmp_path: Path) 
     assert seen.environment["cases"].startswith("evoformer/length-1/fp32/bare: 1 of ")
     assert "ended" not in seen.environment
     assert seen.cells["length"].counts["pass"] > 0
+
+
+def test_what_does_not_lie_on_16_bytes_is_told() -> None:
+    wide = torch.zeros(5, 4, 25, dtype=torch.bfloat16)
+    assert aligned_rows(wide[..., :8]) is False  # rows of 50 bytes
+    assert aligned_rows(torch.zeros(5, 4, 8, dtype=torch.bfloat16))
+    assert aligned_rows(torch.zeros(400, dtype=torch.bfloat16)[1:385].view(3, 16, 8)) is False
+    assert aligned_rows(torch.zeros(5, 8, 4, dtype=torch.float32).transpose(1, 2)) is False
+    assert aligned_rows(torch.zeros(1, 1, 3, dtype=torch.bfloat16))
+
+
+def test_axes_that_are_as_long_are_no_wrong_call_when_exchanged() -> None:
+    """A kernel of squares alone is not asked to refuse its pair bias transposed."""
+    square = replace(
+        find("sdpa-math"),
+        capabilities=replace(find("sdpa-math").capabilities, cross_lengths=False),
+    )
+    asked = {outcome.check for outcome in judge_invalid_calls(square)}
+    everything = {outcome.check for outcome in judge_invalid_calls(find("sdpa-math"))}
+    assert everything - asked == {"invalid/pair_bias: queries and keys exchanged"}

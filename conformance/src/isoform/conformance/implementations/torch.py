@@ -32,6 +32,7 @@ from isoform.reference.torch.evoformer import attended
 
 NAME = "evoformer_attention"
 DEVICES = frozenset({"cpu", "cuda"})
+CONTIGUOUS = torch.contiguous_format
 
 ROTARY = Implementation(
     name="torch-reference",
@@ -93,22 +94,25 @@ def sdpa(
     """``torch.nn.functional.scaled_dot_product_attention`` under the contract.
 
     Added around it: rows become batch, all biases and the mask are merged into one additive mask,
-    dropped keys and values are replaced by zeros, the gate is applied.
+    dropped keys and values are replaced by zeros, on a GPU what does not lie as its kernels want it
+    is copied, the gate is applied.
 
     Raises:
         Unsupported: lse is wanted, or an axis is empty.
     """
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
     require(SDPA_CAPABILITIES, "torch-sdpa", q, k, v, scale, return_lse, operands)
-    B, S, Q, H, D = q.shape
-    K, G = k.shape[2:4]
+    heads_first = [
+        on_16_bytes(x.flatten(0, 1)).transpose(1, 2)
+        for x in (q, attended(k, mask), attended(v, mask))
+    ]
     out = torch.nn.functional.scaled_dot_product_attention(
-        q.reshape(B * S, Q, H, D).transpose(1, 2),
-        attended(k, mask).reshape(B * S, K, G, D).transpose(1, 2),
-        attended(v, mask).reshape(B * S, K, G, D).transpose(1, 2),
+        heads_first[0],
+        heads_first[1],
+        heads_first[2],
         attn_mask=merged(q, mask, mask_bias, pair_bias),
         scale=None if scale is None else float(scale),
-        enable_gqa=G != H,
+        enable_gqa=k.shape[3] != q.shape[3],
     )
     return gated(out.transpose(1, 2).reshape(q.shape), gate)
 
@@ -194,6 +198,20 @@ def require(
 def wanted(operands: Mapping[str, Any]) -> list[str]:
     """The operands that a gradient is wanted for."""
     return [name for name, x in operands.items() if isinstance(x, Tensor) and x.requires_grad]
+
+
+def on_16_bytes(x: Tensor) -> Tensor:
+    """``x``, or on a GPU a copy where it, or one of its rows, does not begin on 16 bytes: of such,
+    PyTorch 2.11 hands cuDNN what it misreads, and finds no kernel in float32.
+    """
+    return x if x.device.type == "cpu" or aligned(x) else x.clone(memory_format=CONTIGUOUS)
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether ``x`` and all its rows begin on 16 bytes, and rows are contiguous."""
+    steps = [x.stride(axis) for axis in range(x.ndim - 1) if x.shape[axis] > 1]
+    starts = [x.data_ptr(), *(step * x.element_size() for step in steps)]
+    return x.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
 
 
 def merged(

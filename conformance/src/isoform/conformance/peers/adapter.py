@@ -1,8 +1,9 @@
 """What is added around every peer's call, so that all are asked the same.
 
 The call is checked, and what the peer does not declare is refused. Keys and values that the bool
-mask drops are replaced by zeros, since 0·NaN is NaN in any matrix product. The gate is applied in
-float32. All else, rows without a key included, is the peer's own doing.
+mask drops are replaced by zeros, since 0·NaN is NaN in any matrix product. What has no contiguous
+last axis is copied. The gate is applied in float32. All else, rows without a key and what does not
+lie on 16 bytes included, is the peer's own doing.
 """
 
 from __future__ import annotations
@@ -41,17 +42,22 @@ def evoformer_peer(name: str, capabilities: Capabilities, attend: Attend) -> Imp
         require(capabilities, name, q, k, v, scale, return_lse, operands)
         factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
         out = attend(
-            q,
-            attended(k, mask),
-            attended(v, mask),
+            rows(q),
+            rows(attended(k, mask)),
+            rows(attended(v, mask)),
             mask=mask,
-            mask_bias=mask_bias,
-            pair_bias=pair_bias,
+            mask_bias=None if mask_bias is None else rows(mask_bias),
+            pair_bias=None if pair_bias is None else rows(pair_bias),
             scale=factor,
         )
         return gated(out, gate)
 
     return Implementation(name, "torch", capabilities, forward)
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x``, or a copy where its last axis is not contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
 
 
 def mask_as_bias(

@@ -68,10 +68,17 @@ FLASH = _backend(
 EFFICIENT = _backend(
     "sdpa-efficient",
     SDPBackend.EFFICIENT_ATTENTION,
-    replace(FUSED, dtypes=SHORT | {"float32"}, grouped_heads=False),
+    replace(FUSED, dtypes=SHORT | {"float32"}, head_dim_multiple=8, grouped_heads=False),
 )
 CUDNN = _backend(
     "sdpa-cudnn",
     SDPBackend.CUDNN_ATTENTION,
-    replace(FUSED, dtypes=SHORT, head_dims=(8, 128), head_dim_multiple=8),
+    replace(
+        FUSED,
+        dtypes=SHORT,
+        head_dims=(8, 128),
+        head_dim_multiple=8,
+        min_length=2,
+        gradients=frozenset({"q", "k", "v", "gate"}),  # it declines a mask that is differentiated
+    ),
 )
