@@ -234,3 +234,14 @@ def test_axes_that_are_as_long_are_no_wrong_call_when_exchanged() -> None:
     asked = {outcome.check for outcome in judge_invalid_calls(square)}
     everything = {outcome.check for outcome in judge_invalid_calls(find("sdpa-math"))}
     assert everything - asked == {"invalid/pair_bias: queries and keys exchanged"}
+
+
+def test_a_peer_whose_compiled_part_is_not_loaded_is_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = ModuleType("xformers")
+    monkeypatch.setitem(sys.modules, "xformers", fake)
+    peer = replace(PEERS["xformers"], packages={}, where="cpu")
+    for loaded in (True, False):
+        fake._has_cpp_library = loaded  # type: ignore[attr-defined]
+        assert ("does not load its compiled part" in peer.why_not()) != loaded

@@ -11,6 +11,7 @@ named: what they get wrong is their authors' to mend.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,8 @@ class Peer:
         packages: The distributions it needs, by the modules they are imported as.
         where: ``"cpu"``: on a processor and on a GPU; ``"cuda"``: on a GPU alone; ``"ranks"``: on
             several ranks with a GPU each.
+        built: ``module:ATTRIBUTE`` that is true where its compiled part was loaded; empty where it
+            has none, or says so itself.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Peer:
     function: str
     packages: dict[str, str]
     where: Where
+    built: str = ""
 
     def lacking(self) -> list[str]:
         """The packages it needs that are not installed."""
@@ -54,9 +58,15 @@ class Peer:
 
             if not torch.cuda.is_available():
                 return "needs an NVIDIA GPU"
+        if self.built and not self._is_built():
+            return "does not load its compiled part: it was linked with another CUDA, or PyTorch"
         if self.where == "ranks":
             return "needs a GPU on every rank, joined by NCCL: the suite's ranks are processors"
         return ""
+
+    def _is_built(self) -> bool:
+        module, _, attribute = self.built.partition(":")
+        return bool(getattr(importlib.import_module(module), attribute))
 
 
 TORCH = {"torch": "torch"}
@@ -189,8 +199,11 @@ _ROWS: tuple[Row, ...] = (
         "ranks",
     ),
 )
+BUILT = {"xformers": "xformers:_has_cpp_library"}
+"""Without it, it has no operator for any call, and says so only when called."""
+
 PEERS: dict[str, Peer] = {
-    name: Peer(name, f"{_HERE}.{target}", function, TORCH | packages, where)
+    name: Peer(name, f"{_HERE}.{target}", function, TORCH | packages, where, BUILT.get(name, ""))
     for name, target, function, packages, where in _ROWS
 }
 """Every peer by name."""
