@@ -174,7 +174,7 @@ def test_the_default_is_a_real_genome(here, monkeypatch):
         (("", ""), ("--plot", "x.txt"), 2, "--plot must be a .png, .svg, .pdf file, got x.txt"),
         (("", ""), ("--fasta", "run.toml"), 2, "run.toml:2: '[data]' comes before the first head"),
         (("", ""), ("-o", "genome.fa"), 2, "genome.fa"),
-        (("[model]", "[switches]\noptimizer = 'sharded'\n[model]"), (), 2, "optimizer=sharded"),
+        (("[model]", "[switches]\nhead_groups = 2\n[model]"), (), 2, "groups of heads without"),
         (("warmup", "learning_rate = 1e30\nwarmup"), (), 1, "the loss is"),
     ],
 )
@@ -184,6 +184,13 @@ def test_errors_say_what_is_wrong(here, change, args, code, message):
     assert result.exit_code == code, result.output
     assert message in flat(result.stderr)
     assert "Traceback" not in result.stderr
+
+
+def test_one_process_can_be_a_group_of_engines(here):
+    (here / "run.toml").write_text(SETTINGS + "[switches]\noptimizer = 'offloaded'\n")
+    assert run("--config", "run.toml", "-o", "run", "-q").exit_code == 0
+    (here / "run.toml").write_text(SETTINGS)
+    same_as_one_process(here / "run")
 
 
 def test_bad_records_are_named_by_file_and_line(here):
