@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.communicators.torch_distributed import TorchCommunicator
 from isoform.parallel.training import engines
 from isoform.parallel.training.engines import AXES, Engine, mesh_of
 from isoform.parallel.training.gradients import local, sum_gradients
-from isoform.parallel.training.switches import Layout
+from isoform.parallel.training.switches import Layout, Switches
 
 
 def _training_programs() -> Any:
@@ -142,6 +143,30 @@ def mixed(
         parameters = list(engine.model.parameters())
         kinds = {p.dtype for p in parameters}, {p.grad.dtype for p in parameters}
         found.append((loss, *kinds, between))
+    return found
+
+
+class Sums(TorchDispatchMode):
+    """Counts sums over ranks that PyTorch's engines make."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # its own operations come here again
+        self.count += func is torch.ops._c10d_functional.all_reduce.default
+        return func(*args, **(kwargs or {}))
+
+
+def sums_over_tensors(comm: Communicator, case: Any, asked: list[Switches]) -> list[int]:
+    """How often ranks that share tensors sum activations, or their gradients, in a step."""
+    found = []
+    for switches in asked:
+        layout = Layout(tensor=comm.size)
+        engine = Engine(case.model, switches.but(layout=layout), weights=case.weights())
+        with Sums() as sums:
+            engine.differentiate(case.tokens())
+        found.append(sums.count)
     return found
 
 

@@ -201,6 +201,15 @@ def test_one_axis(training_programs, engine_programs):
             assert found[what]["embedding.weight"] == 40 * 11
 
 
+def test_four_sums_in_a_block_however_often_it_is_computed(training_programs, engine_programs):
+    case = training_programs.Case(dtype="float32")
+    asked = [Switches(), Switches(checkpointing="blocks"), EVERYTHING.but(optimizer="replicated")]
+    for found in launch(
+        *(engine_programs.sums_over_tensors, 2, case, asked), transport="gloo", limit=LIMIT
+    ):
+        assert found == [4 * case.model.layers] * 3
+
+
 def test_every_pair_of_axes(training_programs, engine_programs):
     trained(engine_programs, pairs(training_programs))
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from isoform.parallel.training.attending import Attending, Place, rotate
 from isoform.parallel.training.recompute import EVERY, Piece, add, pull, tiles
@@ -61,21 +62,16 @@ class TrainingBlock(Block):
         """The MLP, some tokens at a time."""
         s = self.switches
         rows = tiles(length, s.tile) if s.mlp == "tiled" else [EVERY]
-        return [Piece(one, self._mlp, self._mlp_pulled if self._short else None) for one in rows]
+        return [Piece(one, self._mlp, self._mlp_pulled) for one in rows]
 
     def _mlp(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.mlp(self.norm2(x)))
 
     def _mlp_pulled(self, x: Tensor, dy: Tensor) -> Tensor:
         inner = F.gelu(self.mlp.up(self.norm2(x)), approximate="tanh")
-        return pull(inner, dy, self.mlp.down.weight, self.mlp.down.bias)
+        return pull(inner, dy, *_own(self.mlp.down.weight, self.mlp.down.bias))
 
     # --- attention ---
-
-    @property
-    def _short(self) -> bool:
-        """Whether layers are plain ones: those that ranks share have more to do."""
-        return self.switches.layout.tensor == 1
 
     def _heads(self, place: Place) -> list[Piece]:
         """Attention by groups of heads, all tokens each."""
@@ -86,7 +82,7 @@ class TrainingBlock(Block):
             channels = None if groups == 1 else slice(a, b)
             pulled = partial(self._attention_pulled, place=place, channels=channels)
             function = partial(self._attention, place=place, channels=channels)
-            found.append(Piece(EVERY, function, pulled if self._short else None))
+            found.append(Piece(EVERY, function, pulled))
         return found
 
     def _attention(self, x: Tensor, place: Place, channels: slice | None) -> Tensor:
@@ -101,7 +97,7 @@ class TrainingBlock(Block):
     def _attention_pulled(
         self, x: Tensor, dy: Tensor, place: Place, channels: slice | None
     ) -> Tensor:
-        return pull(self._attended(x, place, channels), dy, *self._output(channels))
+        return pull(self._attended(x, place, channels), dy, *_own(*self._output(channels)))
 
     def _output(self, channels: slice | None) -> tuple[Tensor, Tensor | None]:
         """Of the last layer, what acts on these channels; the first group adds the bias."""
@@ -124,3 +120,14 @@ class TrainingBlock(Block):
         q, k, v = (z.unflatten(-1, (-1, a.head_dim)) for z in (q, k, v))
         q, k = rotate(self.configuration, q, k, place.positions)
         return self.attend(q, k, v, place).flatten(2)
+
+
+def _own(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """This rank's part of the last layer of a branch, where ranks share it.
+
+    Their outputs are summed in the forward, so that each has the whole of dy, and nothing of the
+    output is wanted again: neither the product nor the sum.
+    """
+    if isinstance(weight, DTensor):
+        return weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias
+    return weight, bias
