@@ -378,3 +378,23 @@ def test_one_rank_can_be_a_group(programs, fasta, tmp_path):
     train(programs.settings(fasta, 3), tmp_path / "plain")
     found, expected = (programs.losses(tmp_path / name) for name in ("group", "plain"))
     np.testing.assert_allclose([x[2] for x in found], [x[2] for x in expected], rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "message"),
+    [
+        ({"tensor": 3}, {}, "switches.layout: tensor=3 must divide the 2 heads"),
+        ({"pipeline": 3}, {}, "switches.layout: pipeline=3 stages are more than 2 blocks"),
+        (
+            {"pipeline": 2},
+            {"tied": True},
+            "switches.layout: a tied head needs the embedding on its",
+        ),
+    ],
+)
+def test_layouts_that_do_not_fit(programs, fasta, layout, model, message):
+    """A wrong setting, which the command says in a line, and no traceback."""
+    sizes = {"layers": 2, "hidden": 16, "heads": 2, **model}
+    told = programs.settings(fasta, 2, {"switches": {"layout": layout}, "model": sizes})
+    with pytest.raises(WrongSettings, match=message):
+        loop._switches(told, told.switches.layout.ranks, grouped=True)

@@ -459,7 +459,10 @@ def _switches(settings: Settings, ranks: int, *, grouped: bool) -> Switches:
         found.append(f"optimizer={switches.optimizer} without a process group")
     if found:
         raise Unsupported(found, "isoform train-genome")
-    switches.check(model)
+    try:
+        switches.check(model)
+    except ValueError as problem:
+        raise WrongSettings(f"switches.layout: {problem}") from problem
     if data.batch % layout.data:
         raise WrongSettings(f"data.batch={data.batch} must be a multiple of {layout.data} copies")
     if data.at_once and data.batch // layout.data % data.at_once:
