@@ -104,7 +104,7 @@ def seen(name: str, asked: argparse.Namespace) -> list[Record]:
         pool.shutdown(cancel_futures=True)
     if not outcomes:
         sys.stderr.write(f"{name}: nothing seen: {ended}\n")
-        return [not_run(peer, f"was not seen to answer: {ended}")] if peer else []
+        return [not_run(peer, f"was not seen to answer: {ended}", asked.device)] if peer else []
     order = {case.id: place for place, case in enumerate(CASES.values())}
     outcomes.sort(key=lambda outcome: order.get(outcome.case, -1))
     judged = Run(
@@ -148,14 +148,14 @@ def judge_calls(name: str, device: str) -> list[Outcome]:
     return judge_invalid_calls(implementation, device) + judge_memory(implementation, device)
 
 
-def not_run(peer: Peer, reason: str) -> Record:
-    """The line of a peer that cannot run here."""
+def not_run(peer: Peer, reason: str, device: str = "cpu") -> Record:
+    """The line of a peer that cannot run here, or did not on ``device``."""
     operation = {"rotary": "rotary_embedding", "sequence": "attention"}
     module = peer.target.partition(":")[0].rpartition(".")[2]
     return Record(
         peer.name,
         operation.get(module, "evoformer_attention"),
-        environment([], "cpu") | versions(peer) | {"function": peer.function},
+        environment([], device) | versions(peer) | {"function": peer.function},
         not_run=f"{peer.function} {reason}",
     )
 
