@@ -28,6 +28,11 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PINS = Path("ci/constraints.txt")
 COMPONENTS = ("reference", "kernels", "parallel", "conformance")
 EMULATED = "isoform.conformance.implementations.emulated:CUDA_EMULATED"
+EMULATED_WHOLE = f"{EMULATED}_WHOLE"  # q and the pair bias in one pass
+EMULATED_WHOLE_CASES = (
+    *("evoformer/length-17/*16/mask+pair-bias", "evoformer/lengths-5-300/bf16/mask+pair-bias"),
+    *("evoformer/head-dim-16/fp16/mask+pair-bias", "evoformer/operands/bf16/*pair-bias"),
+)
 EMULATED_CASES = (
     "evoformer/length-17/*/all-*",
     "evoformer/length-65/bf16/all-*",  # several tiles
@@ -150,6 +155,8 @@ def emulate(session: nox.Session) -> None:
     judged = (*suite, f"--impl={EMULATED}")
     judged += ("-k", "not memory")  # NumPy's, here: `nox -s gpu` measures a GPU's
     pytest(session, *judged, *(f"--case={case}" for case in EMULATED_CASES))
+    whole = (*suite, f"--impl={EMULATED_WHOLE}", "-k", "not memory")
+    pytest(session, *whole, *(f"--case={case}" for case in EMULATED_WHOLE_CASES))
     sanitized = ("python", "-m", "isoform.kernels.emulate.sanitized", "-m", "pytest", "-n2")
     session.run(*sanitized, *judged, *(f"--case={case}" for case in SANITIZED_CASES))
 

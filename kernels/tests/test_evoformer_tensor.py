@@ -5,12 +5,13 @@ from math import prod
 
 import pytest
 
-from isoform.kernels import tensor
+from isoform.kernels import geometries, tensor
 from isoform.kernels.arguments import View
 from isoform.kernels.compiler import SOURCES
 from isoform.kernels.emulate import CompilationFailed, HostCompilerUnavailable, check, host_compiler
 from isoform.reference.contract import Shape
 
+WITHOUT_GATE = {"MASK_BIAS": 1, "PAIR_BIAS": 1, "GATED": 0, "ALIGNED": 1, "ALIGNED_BIAS": 1}
 SHAPE = Shape(B=2, S=3, Q=150, K=200, H=4, G=2, D=24)
 ALL = ("q", "k", "v", "mask_bias", "pair_bias", "gate")
 BARE = ("q", "k", "v")
@@ -25,6 +26,16 @@ def lying(shape=SHAPE, names=ALL):
     shapes = {name: shape.of(name) for name in (*names, "out")}
     shapes["dout"] = shapes["out"]
     return {name: contiguous(size) for name, size in shapes.items()}
+
+
+TRIANGLE = Shape(1, 512, 512, 512, 4, 4, 32)
+UNGATED = ("q", "k", "v", "mask_bias", "pair_bias")
+
+
+def whole(shape, names=UNGATED, wanted=UNGATED, room=tensor.ROOM, **views):
+    """The backward on a GPU whose blocks may have so much shared memory."""
+    with geometries.of_device("a GPU", room):
+        return tensor.backward(shape, "bfloat16", lying(shape, names) | views, wanted)
 
 
 def kernels(work):
@@ -49,6 +60,7 @@ def test_every_kernel_of_the_sources_is_launched_and_no_other():
     works = (
         tensor.forward(SHAPE, "bfloat16", lying()),
         tensor.backward(SHAPE, "bfloat16", lying(), ALL),
+        whole(TRIANGLE),
     )
     assert {launch.kernel for work in works for launch in work.launches} == defined
 
@@ -94,6 +106,71 @@ def test_only_what_is_wanted_is_launched(wanted, launches, scratch):
     assert kernels(work) == launches
     sized = {name for name in work.scratch if name not in ("pair_bias_sums", "turns")}
     assert sized == set(scratch)
+
+
+# --- One pass for q and the pair bias -------------------------------------------------------------
+
+
+@pytest.fixture
+def builtin(monkeypatch):
+    monkeypatch.setenv("ISOFORM_GEOMETRIES", "builtin")  # whatever the user of this machine has
+
+
+FASTER = {
+    "triangle 512": TRIANGLE,
+    "MSA row": Shape(1, 512, 256, 256, 8, 8, 32),
+    "template": Shape(4, 256, 256, 256, 4, 4, 16),
+    "odd": Shape(2, 700, 150, 301, 4, 2, 24),
+}
+NOT = {
+    "few rows": ({"S": 256}, {}),
+    "more keys than fit": ({"K": 513}, {}),
+    "a larger head dim": ({"D": 48}, {}),
+    "rows that cannot be copied 16 bytes at a time": ({"D": 20}, {}),
+    "a gate": ({}, {"names": ALL}),
+    "no gradient of q": ({}, {"wanted": ("k", "pair_bias")}),
+    "no gradient of the pair bias": ({}, {"wanted": ("q", "k", "v")}),
+    "less shared memory": ({}, {"room": tensor.ROOM - 1}),
+}
+
+
+@pytest.mark.parametrize("shape", FASTER.values(), ids=FASTER)
+def test_one_pass_does_q_and_the_pair_bias(builtin, shape):
+    work = whole(shape)
+    assert kernels(work) == [
+        *("backward_query_pair_turns", "backward_query_pair"),
+        *("backward_key", "backward_mask_bias"),
+    ]
+    turns, both, *_ = work.launches
+    assert turns.defines == both.defines  # one program, two kernels
+    geometry = tensor.WHOLE[tensor.head_dim(shape.D)]
+    blocks, parts = work.counts["pair_bias_tiles"], work.counts["parts"]
+    assert blocks == tiles(shape.Q, geometry.own) * shape.H * shape.B
+    assert both.blocks == blocks * parts
+    assert both.threads == (geometry.threads,)
+    keys = both.defines["TILES"] * geometry.block
+    assert shape.K <= keys < shape.K + geometry.block
+    assert work.scratch["pair_bias_sums"] == (blocks, geometry.own * keys)
+    assert work.scratch["turns"] == (blocks + 1,)
+
+
+@pytest.mark.parametrize(("sizes", "how"), NOT.values(), ids=NOT)
+def test_elsewhere_there_are_two(builtin, sizes, how):
+    shape = Shape(**{axis: getattr(TRIANGLE, axis) for axis in "BSQKHGD"} | sizes)
+    assert not any("query_pair" in name for name in kernels(whole(shape, **how)))
+
+
+def test_no_gpu_has_room_for_it_unless_it_says_so(builtin):
+    work = tensor.backward(TRIANGLE, "bfloat16", lying(TRIANGLE, UNGATED), UNGATED)
+    assert not any("query_pair" in name for name in kernels(work))
+
+
+@pytest.mark.parametrize("D", tensor.WHOLE)
+def test_one_block_of_it_fits_however_many_keys(D):
+    """A kernel declares a few bytes itself."""
+    for count in range(2, 2 + len(tensor.WHOLE[D].held)):
+        defines = tensor.whole_variant(tensor.WHOLE[D], "bfloat16", D, count, WITHOUT_GATE)
+        assert defines["SHARED_BYTES"] + 16 <= tensor.ROOM
 
 
 @pytest.mark.parametrize("axis", ["B", "S", "Q", "H"])
@@ -245,6 +322,16 @@ def variant(name, D, gated):
 def test_the_source_asserts_the_shared_memory_that_the_host_asks_for(name, D):
     for gated in (0, 1):
         check(f"evoformer_tensor_{name}", defines=variant(name, D, gated))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("D", tensor.WHOLE)
+def test_so_does_that_of_the_one_pass_for_two(D):
+    for count in range(2, 2 + len(tensor.WHOLE[D].held)):
+        check(
+            tensor.WHOLE_SOURCE,
+            defines=tensor.whole_variant(tensor.WHOLE[D], "bfloat16", D, count, WITHOUT_GATE),
+        )
 
 
 @needs_a_compiler

@@ -114,6 +114,7 @@ def variants() -> list[Variant]:
     return [
         *_plain(),
         *(one for name in tensor.PASSES for one in _tensor(name)),
+        *_whole(),
         *_rotary(),
         *_fused(),
         *_attention(),
@@ -147,6 +148,26 @@ def _tensor(name: str) -> Iterator[Variant]:
         if name == "backward_pair_bias" and "PAIR_BIAS" in chosen:
             continue  # where there is no pair bias there is no gradient of it
         yield one("bfloat16", 32, chosen, "sm_90")
+
+
+def _whole() -> Iterator[Variant]:
+    """The fewest keys on each architecture, any number on Hopper, and there what else may be."""
+    ungated = {**PRODUCTION, "GATED": 0}
+
+    def one(dtype: str, D: int, tiles: int, architecture: str, **chosen: int) -> Variant:
+        defines = tensor.whole_variant(tensor.WHOLE[D], dtype, D, tiles, {**ungated, **chosen})
+        return Variant(tensor.WHOLE_SOURCE, defines, architecture)
+
+    for D, whole in tensor.WHOLE.items():
+        fewest, *more = range(2, 2 + len(whole.held))
+        for architecture in ARCHITECTURES:
+            yield one("bfloat16", D, fewest, architecture)
+        for tiles in more:
+            yield one("bfloat16", D, tiles, "sm_90")
+        yield one("bfloat16", D, more[-1], "sm_100")
+        yield one("float16", D, more[-1], "sm_90")
+        yield one("bfloat16", D, more[-1], "sm_90", MASK_BIAS=0)
+        yield one("bfloat16", D, more[-1], "sm_90", ALIGNED_BIAS=0)
 
 
 def _rotary() -> Iterator[Variant]:

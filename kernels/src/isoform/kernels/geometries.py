@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from isoform.kernels import compiler
-from isoform.kernels.tensor import GEOMETRIES, PASSES, TABLE, Geometry
+from isoform.kernels.tensor import (
+    GEOMETRIES,
+    PASSES,
+    ROOM,
+    TABLE,
+    WHOLE,
+    WHOLES,
+    Geometry,
+)
 
 SCHEMA = 1
 BUILTIN = "builtin"
@@ -67,18 +75,21 @@ def file() -> Path | None:
 
 
 @contextmanager
-def of_device(name: str) -> Iterator[None]:
-    """While this lasts, passes are cut as was found best on the device ``name``, if anything was.
+def of_device(name: str, room: int) -> Iterator[None]:
+    """While this lasts, passes are cut as was found best on the device ``name``, if anything was,
+    and for blocks that may have ``room`` bytes of shared memory.
 
     Raises:
         GeometriesError: There is a file, and it cannot be read.
     """
     chosen = file()
-    token = TABLE.set(merged(_for(chosen, name) if chosen else {}))
+    table = TABLE.set(merged(_for(chosen, name) if chosen else {}))
+    wholes = WHOLES.set(WHOLE if room >= ROOM else {})
     try:
         yield
     finally:
-        TABLE.reset(token)
+        WHOLES.reset(wholes)
+        TABLE.reset(table)
 
 
 @contextmanager

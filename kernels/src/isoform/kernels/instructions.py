@@ -44,6 +44,7 @@ PRODUCTS = {
     "evoformer_tensor_backward_query": 3,
     "evoformer_tensor_backward_key": 4,
     "evoformer_tensor_backward_pair_bias": 2,
+    "evoformer_tensor_backward_query_pair": 3,
     "attention_tensor_forward": 2,
     "attention_tensor_backward_query": 3,
     "attention_tensor_backward_key": 4,

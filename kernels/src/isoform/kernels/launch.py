@@ -134,7 +134,7 @@ def prepared(
         from isoform.kernels.geometries import of_device  # it knows what passes launch
 
         shape, dtype, views = described()
-        with of_device(_device_name()):
+        with of_device(_device_name(), _device_room()):
             work = one(shape, dtype, views)
         places = tuple(map(struct.place_of, (*views, *work.scratch)))
         return Told(work, struct.pack(shape, views, scale, work.counts), places)
@@ -180,6 +180,14 @@ def _device_name() -> str:
     runtime = cupy.cuda.runtime
     name: bytes = runtime.getDeviceProperties(runtime.getDevice())["name"]
     return name.decode()
+
+
+def _device_room() -> int:
+    """Bytes of shared memory that a block may have on the current device."""
+    import cupy
+
+    room: int = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    return room
 
 
 @cache

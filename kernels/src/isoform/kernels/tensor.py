@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 
 from isoform.kernels.arguments import View
 from isoform.kernels.compiler import Define
@@ -152,12 +153,61 @@ GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
 """By pass, with a gate or without, and head dim. A block's shared memory fits into the 99 KiB that
 the smallest GPUs have, such as an RTX 4090's."""
 
+
+@dataclass(frozen=True)
+class Whole:
+    """How ``backward_query_pair`` cuts its work: a block does some queries and all keys.
+
+    Attributes:
+        warps: Groups of 32 queries of a block.
+        groups: Warps that share 32 queries, each with its part of every tile of keys.
+        block: Keys of a tile.
+        held: Of how many tiles the sums of ``dpair_bias`` are in registers, where there are two
+            tiles of keys, three, and so on; those of the others are in shared memory.
+        rows: From how many rows s on it is faster than the two passes, as was measured.
+    """
+
+    warps: int
+    groups: int
+    block: int
+    held: tuple[int, ...]
+    rows: int
+
+    @property
+    def own(self) -> int:
+        """Queries of a block."""
+        return 32 * self.warps
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps * self.groups
+
+
+WHOLE_SOURCE = "evoformer_tensor_backward_query_pair"
+WHOLE: Mapping[int, Whole] = {
+    16: Whole(2, 4, 128, (2, 3, 3), 256),
+    32: Whole(2, 4, 64, (2, 3, 4, 4, 3, 3, 4), 512),
+}
+"""By head dim, for ``backward_query_pair``, which does the work of ``backward_query`` and
+``backward_pair_bias`` where a block holds all keys of its queries: half as many logits are computed
+anew, but one block of a multiprocessor has to wait for what it copies."""
+
+ROOM = 227 << 10
+"""Bytes of shared memory that a block of it may need: what an H100 has, and a B200."""
+
+WHOLES: ContextVar[Mapping[int, Whole]] = ContextVar("WHOLES", default=MappingProxyType({}))
+"""Those in use: :data:`WHOLE` on a GPU that has the room, and none elsewhere."""
+
 TABLE: ContextVar[Mapping[str, Mapping[int, Geometry]]] = ContextVar("TABLE", default=GEOMETRIES)
 """The geometries in use: on a GPU, those that :mod:`isoform.kernels.geometries` has for it."""
 
 FILL = 1024
 """Blocks that keep a GPU busy to the end: where ``backward_pair_bias`` has fewer tiles, several
 blocks share one, each a range of rows."""
+
+FILL_WHOLE = 512
+"""The same of ``backward_query_pair``, of whose blocks a multiprocessor has one at a time."""
 
 ROWS = 16
 """The least rows s of a range, of which adding up the sums takes some 5 % then."""
@@ -174,14 +224,20 @@ def backward(
 ) -> Work:
     """What computes the gradients of the operands ``wanted``.
 
-    The first kernel does q and the gate, and leaves what all others need.
+    The first kernel does q and the gate, and leaves what all others need; where it can, it does the
+    pair bias too.
     """
     if not wanted:
         return Work(())
     chosen = choices(shape, operands)
-    launches = [_pass("backward_query", shape, dtype, "Q H S B", chosen)]
     scratch = {"delta": shape.of("lse")}
-    counts = {}
+    counts: dict[str, int] = {}
+    whole = whole_of(shape, chosen, wanted)
+    if whole is not None:
+        launches, more, counts = _whole(whole, shape, dtype, chosen)
+        scratch |= more
+    else:
+        launches = [_pass("backward_query", shape, dtype, "Q H S B", chosen)]
     if not {"k", "v", "mask_bias"}.isdisjoint(wanted):
         keys = _pass("backward_key", shape, dtype, "K G S B", chosen)
         launches.append(keys)
@@ -196,16 +252,81 @@ def backward(
                     shared_bytes=0,
                 )
             )
-    if "pair_bias" in wanted:
+    if "pair_bias" in wanted and whole is None:
         pairs = _pass("backward_pair_bias", shape, dtype, "K Q H B", chosen)
         geometry = geometry_of("backward_pair_bias", shape.D, gated="gate" in operands)
-        parts = _parts(shape, pairs.blocks)
+        parts = _parts(shape, pairs.blocks, FILL)
         launches.append(replace(pairs, blocks=pairs.blocks * parts))
         counts = {"parts": parts, "pair_bias_tiles": pairs.blocks}
         if parts > 1:
             scratch["pair_bias_sums"] = (pairs.blocks, geometry.own * geometry.block)
             scratch["turns"] = (pairs.blocks + 1,)
     return Work(tuple(one for one in launches if one.blocks), scratch, counts)
+
+
+def whole_of(shape: Shape, chosen: Mapping[str, int], wanted: Collection[str]) -> Whole | None:
+    """How ``backward_query_pair`` does q and the pair bias; None where two passes do.
+
+    It does where both are wanted, there is no gate, rows can be copied 16 bytes at a time, and a
+    block has room for the pair bias of all keys; and where it was measured to be faster: of many
+    rows s.
+    """
+    whole = WHOLES.get().get(head_dim(shape.D))
+    if whole is None or chosen["GATED"] or not chosen["ALIGNED"]:
+        return None
+    fits = whole.block * (len(whole.held) + 1) >= shape.K and whole.rows <= shape.S
+    return whole if fits and {"q", "pair_bias"} <= set(wanted) else None
+
+
+def whole_variant(
+    whole: Whole, dtype: str, D: int, tiles: int, chosen: Mapping[str, int]
+) -> dict[str, Define]:
+    """The definitions that choose the variant of ``backward_query_pair`` for ``tiles`` of keys."""
+    held = whole.held[tiles - 2]
+    return {
+        "ELEMENT": ELEMENTS[dtype],
+        "HEAD_DIM": head_dim(D),
+        "M_TILES": 2,
+        "WARPS": whole.warps,
+        "GROUPS": whole.groups,
+        "BLOCK": whole.block,
+        "CHUNK": 16,
+        "TILES": tiles,
+        "HELD": held,
+        "SHARED_BYTES": _whole_bytes(whole, head_dim(D), tiles, held),
+        **chosen,
+    }
+
+
+def _whole_bytes(whole: Whole, room: int, tiles: int, held: int) -> int:
+    """The shared memory of a block of ``backward_query_pair``; the source asserts that it has the
+    same idea.
+    """
+    own, block, row = whole.own, whole.block, 2 * (room + 8)
+    keys, queries = 6, 16  # bytes that are kept of each
+    pairs = 2 * tiles * block * own + 4 * (tiles - held) * block * own  # biases and sums
+    streams = 2 * 2 * block * row + 5 * own * row
+    parts = 4 * whole.groups * own * (room + 4)
+    places = 8 * (5 * 9 + 3) + 4 * 4
+    return pairs + streams + parts + 4 * own * queries + 4 * tiles * block * keys + places
+
+
+def _whole(
+    whole: Whole, shape: Shape, dtype: str, chosen: Mapping[str, int]
+) -> tuple[list[Launch], dict[str, tuple[int, ...]], dict[str, int]]:
+    """The launches of ``backward_query_pair``, their scratch memory and their counts."""
+    blocks = -(-shape.Q // whole.own) * shape.H * shape.B
+    parts = _parts(shape, blocks, FILL_WHOLE)
+    tiles = max(2, -(-shape.K // whole.block))  # two at least: what is read ahead needs them
+    defines = whole_variant(whole, dtype, shape.D, tiles, chosen)
+    source, size = WHOLE_SOURCE, int(defines["SHARED_BYTES"])
+    every = Launch(source, defines, source, blocks * parts, (whole.threads,), size)
+    counts = {"parts": parts, "pair_bias_tiles": blocks}
+    if parts == 1:
+        return [every], {}, counts
+    first = replace(every, kernel=f"{source}_turns", blocks=1, threads=(256,), shared_bytes=0)
+    sums = whole.own * whole.block * tiles
+    return [first, every], {"pair_bias_sums": (blocks, sums), "turns": (blocks + 1,)}, counts
 
 
 def head_dim(D: int) -> int:
@@ -293,6 +414,6 @@ def choices(shape: Shape, operands: Mapping[str, View]) -> dict[str, int]:
     }
 
 
-def _parts(shape: Shape, tiles: int) -> int:
+def _parts(shape: Shape, tiles: int, fill: int) -> int:
     """How many blocks share the rows s of a tile of the pair bias."""
-    return max(1, min(-(-FILL // tiles), shape.S // ROWS)) if tiles else 1
+    return max(1, min(-(-fill // tiles), shape.S // ROWS)) if tiles else 1

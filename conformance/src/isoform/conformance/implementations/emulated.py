@@ -19,6 +19,7 @@ from isoform.conformance.implementations import cuda
 from isoform.conformance.implementations.emulated_attention import CUDA_EMULATED_ATTENTION
 from isoform.conformance.implementations.emulated_rotary import CUDA_EMULATED_ROTARY
 from isoform.conformance.implementations.emulation import Made, results_of
+from isoform.kernels import tensor
 from isoform.kernels.arguments import EVOFORMER
 from isoform.kernels.choice import Kernel, select
 from isoform.reference.contract import DIFFERENTIABLE, Call, evoformer_call
@@ -112,6 +113,18 @@ def evoformer_attention_backward(
     )
 
 
+def evoformer_attention_backward_whole(dout: Array, *operands: Array, **others: Any) -> Gradients:
+    """:func:`evoformer_attention_backward` where one pass does q and the pair bias whenever it can,
+    as on a GPU that has the room, of however few rows s.
+    """
+    eager = {D: replace(one, rows=1) for D, one in tensor.WHOLE.items()}
+    before = tensor.WHOLES.set(eager)
+    try:
+        return evoformer_attention_backward(dout, *operands, **others)
+    finally:
+        tensor.WHOLES.reset(before)
+
+
 CUDA_EMULATED = Implementation(
     name=NAME,
     framework="numpy",
@@ -119,6 +132,13 @@ CUDA_EMULATED = Implementation(
     forward=evoformer_attention,
     backward=evoformer_attention_backward,
     others=(CUDA_EMULATED_ROTARY, CUDA_EMULATED_ATTENTION),
+)
+
+CUDA_EMULATED_WHOLE = replace(
+    CUDA_EMULATED,
+    name="cuda-emulated-whole",
+    backward=evoformer_attention_backward_whole,
+    others=(),
 )
 
 

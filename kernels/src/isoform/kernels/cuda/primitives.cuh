@@ -70,6 +70,7 @@ __device__ inline unsigned pack(float low, float high) {
 #include "emulated_primitives.h"
 __device__ inline float exp2_approximate(float x) { return exp2f(x); }
 __device__ inline void rarely() {}
+__device__ inline int unknown_zero() { return 0; }
 #else
 __device__ inline unsigned shared_address(const void *place) {
     return static_cast<unsigned>(__cvta_generic_to_shared(place));
@@ -124,6 +125,14 @@ __device__ inline void cp_async_wait() {
 // Says that what stands beside it is rare: the compiler is to branch around it, not to compute it
 // always and select.
 __device__ inline void rarely() { asm volatile(""); }
+
+// 0, but the compiler is not to know: an address that it is added to is computed where it stands, and not
+// ahead, with others like it, to take a register each.
+__device__ inline int unknown_zero() {
+    int zero = 0;
+    asm volatile("" : "+r"(zero));
+    return zero;
+}
 
 // 2^x to two units in the last place; subnormal results are 0.
 __device__ inline float exp2_approximate(float x) {
