@@ -23,8 +23,8 @@
 constexpr int THREADS = 256;
 
 // Blocks of a multiprocessor, so many that what they read hides the latency of memory.
-#if __CUDA_ARCH__ == 750
-constexpr int TOGETHER = 4;  // all threads that it can have
+#if __CUDA_ARCH__ == 750 || __CUDA_ARCH__ >= 1000
+constexpr int TOGETHER = 4;  // all threads that a Turing can have; with five, a Blackwell's spill
 #else
 constexpr int TOGETHER = 5;
 #endif
