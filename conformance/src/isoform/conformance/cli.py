@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from isoform.conformance.case import Case
@@ -101,8 +101,20 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, given)
 
 
+class _Commands(TyperGroup):
+    """All commands; some are named by two words, as ``plan genome`` beside ``plan``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that ``args`` begin with, and what follows."""
+        together = " ".join(args[:2])
+        if len(args) > 1 and together in self.commands:
+            args = [together, *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="isoform",
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -1517,6 +1529,148 @@ def plan(
     if plot is not None:
         _say(f"plot: {plot}")
     raise typer.Exit(Code.PASS if found.ranked else Code.WRONG)
+
+
+@app.command(
+    "plan genome",
+    cls=_Command,
+    epilog=_epilog(
+        "isoform plan genome --model 25B --gpus 64 --memory 40GB",
+        "isoform plan genome --model 2.5B --memory 80GB --length 512K",
+        "isoform plan genome --gpus 16 --memory 40GB --plot memory.png --json plan.json",
+        "isoform plan genome --paper",
+        "isoform plan genome --record genome.jsonl",
+        codes=False,
+    ),
+)
+def plan_genome(
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="NAME", help="25M, 250M, 2.5B, 25B or 33B.")
+    ] = "25B",
+    gpus: Annotated[int, typer.Option("--gpus", metavar="P", min=1, help="Ranks.")] = 1,
+    memory: Annotated[
+        str, typer.Option("--memory", metavar="SIZE", help="Of a GPU: 40GB, or 80GiB.")
+    ] = "80GB",
+    host: Annotated[
+        str, typer.Option("--host", metavar="SIZE", help="Of the host's memory, for each GPU.")
+    ] = "128GB",
+    length: Annotated[
+        str,
+        typer.Option(
+            "--length", "-L", metavar="L", help="What is held at this length, not at the longest."
+        ),
+    ] = "",
+    dtype: Annotated[
+        str, typer.Option("--dtype", "-d", metavar="DTYPE", help="fp16, bf16, fp32 or fp64.")
+    ] = "bf16",
+    positions: Annotated[
+        str,
+        typer.Option(
+            "--positions", metavar="KIND", help="rotary, or learned, with a row for every token."
+        ),
+    ] = "rotary",
+    sequence: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence", metavar="N", min=1, help="Only layouts with so many ranks to a sequence."
+        ),
+    ] = None,
+    tensor: Annotated[
+        int | None,
+        typer.Option("--tensor", metavar="N", min=1, help="Only those that share tensors so."),
+    ] = None,
+    pipeline: Annotated[
+        int | None, typer.Option("--pipeline", metavar="N", min=1, help="Only so many stages.")
+    ] = None,
+    head_groups: Annotated[
+        int, typer.Option("--head-groups", metavar="N", min=1, help="Groups of heads.")
+    ] = 4,
+    tile: Annotated[
+        int, typer.Option("--tile", metavar="N", min=1, help="Tokens in a tile of MLP and loss.")
+    ] = 16384,
+    every: Annotated[
+        int, typer.Option("--every", metavar="N", min=1, help="Keep one input of so many blocks.")
+    ] = 1,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="Beside the lengths that were reported of GenSLM's models."),
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            "--record",
+            metavar="FILE",
+            help="Beside what python -m isoform.parallel.benchmark.genome has measured.",
+        ),
+    ] = None,
+    within: Annotated[
+        float,
+        typer.Option("--within", metavar="PERCENT", min=0, help="How far --record may be off."),
+    ] = 10.0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", help="Draw what holds memory: a .png, .svg or .pdf file."
+        ),
+    ] = None,
+    json: Json = "",
+) -> None:
+    """Say how long a sequence a genome model can be trained on, and what holds the memory.
+
+    Of the older scheme, of every technique, and of all but one of them, by the layout of ranks that
+    is best for each. It is arithmetic, item by item, within 10 % of peaks that were measured.
+
+    Exit codes: 0 something fits, 1 nothing does, or a record is off by more, 2 usage.
+    """
+    from isoform.conformance.console import console
+
+    try:
+        from isoform.conformance import planning_genome as genome
+    except ModuleNotFoundError as missing:
+        from isoform.conformance.registry import Unavailable
+
+        _fail(str(Unavailable("isoform plan genome", missing)))
+    from isoform.conformance import planning
+
+    to, shown = console(), json != "-"
+    try:
+        if record is not None:
+            good = genome.print_compared(to, genome.read_record(record), within / 100)
+            raise typer.Exit(Code.PASS if good else Code.WRONG)
+        if paper:
+            from isoform.parallel.training.published import rows
+
+            table = rows()
+            if shown:
+                genome.print_published(to, table)
+            _write_json(genome.published_as_json(table), json)
+            raise typer.Exit(Code.PASS)
+        degrees = {"sequence": sequence, "tensor": tensor, "pipeline": pipeline}
+        asked = genome.request(
+            model=model,
+            gpus=gpus,
+            memory=memory,
+            host=host,
+            dtype=dtype,
+            positions=positions,
+            degrees=degrees,
+            head_groups=head_groups,
+            tile=tile,
+            every=every,
+        )
+        found = asked.found(planning.positions(length, "--length") if length else None)
+        if plot is not None:
+            with _written_to(plot):
+                genome.save_plot(asked, found, plot)
+    except planning.WrongRequest as problem:
+        _fail(str(problem))
+    if shown:
+        genome.print_longest(to, asked, found)
+    _write_json(genome.as_json(asked, found), json)
+    if plot is not None:
+        _say(f"plot: {plot}")
+    fits = any(one is not None and one.fits for one in found.values())
+    raise typer.Exit(Code.PASS if fits else Code.WRONG)
 
 
 @app.command(
