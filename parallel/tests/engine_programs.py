@@ -68,7 +68,8 @@ def _train(
     case: Any, layout: Layout, steps: int, microbatches: int, device: str = "cpu"
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "weights": case.weights()}
-    engine = Engine(case.model, case.switches.but(layout=layout), device=device, **options)
+    with patch.object(engines, "fully_shard", wraps=engines.fully_shard) as sharding_calls:
+        engine = Engine(case.model, case.switches.but(layout=layout), device=device, **options)
     named = dict(engine.model.named_parameters())
     optimizer = torch.optim.AdamW(named.values(), lr=1e-2, foreach=False)  # meshes differ
     sharding, own = engine.model.sharding(case.L), engine.sequence.rank
@@ -93,11 +94,19 @@ def _train(
     last = f"blocks.{max(map(int, engine.model.blocks))}.mlp.up.weight"
     found["parameters"] = {name: whole(p) for name, p in named.items()}
     found["devices"] = {local(x).device.type for x in optimizer.state[named[last]].values()}
+    policies = [call.kwargs["offload_policy"] for call in sharding_calls.call_args_list]
+    found["policies"] = [type(policy).__name__ for policy in policies]
     found["held"] = {name: local(p).numel() for name, p in named.items()}
     found["states"] = {
         name: local(optimizer.state[p]["exp_avg"]).numel() for name, p in named.items()
     }
     return found
+
+
+def first_values(comm: Communicator, c: Any, asked: list[Switches]) -> list[dict[str, Any]]:
+    """Of all parameters of this rank's stage, drawn by seed."""
+    made = [Engine(c, switches, seed=3).model for switches in asked]
+    return [{name: whole(p) for name, p in model.named_parameters()} for model in made]
 
 
 def refused(comm: Communicator, case: Any) -> list[str]:

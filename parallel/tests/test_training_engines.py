@@ -12,6 +12,7 @@ import torch
 from isoform.parallel.launch import Transport, launch
 from isoform.parallel.sharding import Sharding
 from isoform.parallel.training.engines import AXES, Engine
+from isoform.parallel.training.model import build
 from isoform.parallel.training.switches import EVERYTHING, Layout, Switches
 from isoform.reference.contract import Unsupported
 
@@ -178,14 +179,16 @@ def trained(
         worst = errors(case, layout, results)
         assert max(worst.values()) <= 1, (case, layout, worst)
         if case.switches.optimizer != "replicated":
-            check_sharded(layout, results)
+            check_sharded(case, layout, results)
     return found
 
 
-def check_sharded(layout: Layout, results: list[Any]) -> None:
-    """Of each parameter and its state, a rank has its part alone."""
+def check_sharded(case: Any, layout: Layout, results: list[Any]) -> None:
+    """Of each parameter and its state, a rank has its part alone, where it is meant to be."""
     sharers = layout.data * layout.sequence
+    policy = {"sharded": "OffloadPolicy", "offloaded": "CPUOffloadPolicy"}
     for result in results:
+        assert set(result["policies"]) == {policy[case.switches.optimizer]}
         for name, x in result["parameters"].items():
             if name != TABLE:
                 most = -(-len(x) // sharers) * (x.size // len(x))
@@ -199,6 +202,22 @@ def test_one_axis(training_programs, engine_programs):
             assert found[what]["blocks.1.attention.query.weight"] == 40 * 40 // 2
             assert found[what]["blocks.1.mlp.down.weight"] == 40 * 28 // 2
             assert found[what]["embedding.weight"] == 40 * 11
+
+
+def test_first_values_do_not_depend_on_the_layout(training_programs, engine_programs):
+    c = training_programs.configuration()
+    alone = {
+        name: x.detach().numpy() for name, x in build(c, Switches(), seed=3).named_parameters()
+    }
+    layouts = [(Layout(tensor=2), "sharded"), (Layout(pipeline=2), "replicated")]
+    layouts += [(Layout(data=2), "offloaded")]
+    asked = [Switches(layout=layout, optimizer=states) for layout, states in layouts]
+    by_rank = launch(engine_programs.first_values, 2, c, asked, transport="gloo", limit=LIMIT)
+    for results in zip(*by_rank, strict=True):
+        assert set().union(*results) == alone.keys()
+        for result in results:
+            for name, x in result.items():
+                np.testing.assert_array_equal(x, alone[name])
 
 
 def test_four_sums_in_a_block_however_often_it_is_computed(training_programs, engine_programs):
