@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sphinx.errors import ExtensionError
-
 from isoform.conformance import rules
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +128,8 @@ def _row(number: str, page: str, cited: Lines) -> str:
 
 def setup(app: Any) -> dict[str, Any]:
     """Join Sphinx."""
+    from sphinx.errors import ExtensionError  # here, since tests run without Sphinx
+
     cited = citations()
     if wrong := faults(cited):
         raise ExtensionError("rules that nothing holds:\n  " + "\n  ".join(wrong))
