@@ -129,7 +129,8 @@ def test_beside_what_was_reported():
         planned = row["planned"]
         assert planned["old"]["switches"]["attention"] == "stored"
         assert planned["new"]["switches"]["layout"]["sequence"] == row["gpus"]
-        assert planned["offloaded"]["length"] >= planned["new"]["length"]
+        assert planned["old_on_host"]["length"] > planned["old"]["length"]
+        assert planned["new_offloaded"]["length"] >= planned["new"]["length"]
         if planned["new"]["fits"]:
             assert planned["new"]["length"] > 10 * planned["old"]["length"]
         said = f"{planned['old']['length'] // 1024}"

@@ -220,10 +220,16 @@ def _parts(peaks: Mapping[str, Peak], names: Sequence[str]) -> Table:
     return table
 
 
+RIGHT = frozenset(
+    {"tokens", "device", "host", "GPUs", "Megatron-LM", "old", "plan", "on host", "new"}
+    | {"plan ", "on host "}  # of the new, by other names
+)
+
+
 def _table(columns: Sequence[str], shown: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in shown:
-        right = name in ("tokens", "device", "host") or name[0].isdigit()
+        right = name in RIGHT
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(row[columns.index(name)] for name in shown))
@@ -283,17 +289,18 @@ def print_published(to: Console, rows: Sequence[Row]) -> None:
             f"{row.published.megatron}",
             f"{row.published.old}",
             _k(row.old),
+            _k(row.old_on_host),
             f"{row.published.new}",
             _k(row.new),
-            _k(row.offloaded),
+            _k(row.new_offloaded),
             _laid_out(row.old.run.switches.layout),
         )
         for row in rows
     ]
-    columns = ["model", "GPUs", "Megatron-LM", "old", "plan", "new", "plan ", "and offload"]
-    columns.append("layout of the old")
+    columns = ["model", "GPUs", "Megatron-LM", "old", "plan", "on host", "new", "plan ", "on host "]
+    columns.append("layout of the old plan")
     shown = [*columns]
-    for dropped in ("layout of the old", "Megatron-LM"):
+    for dropped in ("layout of the old plan", "Megatron-LM"):
         if _width(to, _table(columns, shown, cells)) > to.width:
             shown.remove(dropped)
     to.print(_table(columns, shown, cells))
@@ -302,9 +309,9 @@ def print_published(to: Console, rows: Sequence[Row]) -> None:
         to,
         (
             "old: the older scheme, by the layout of tensors and stages that holds most. new: the "
-            "sequence shared over all GPUs, everything sharded, what blocks keep on the device; "
-            "and offload: that on the host. Learned positions, float16. Nothing is fitted; what is "
-            "assumed, and why figures differ: docs/how-to/plan-a-long-run.",
+            "sequence shared over all GPUs, everything sharded. on host: what blocks keep is "
+            "there, and for the old optimizer states are. Learned positions, float16. Nothing is "
+            "fitted; what is assumed, and why figures differ: docs/how-to/plan-a-long-run.",
             "dim",
         ),
     )
@@ -321,7 +328,8 @@ def published_as_json(rows: Sequence[Row]) -> str:
             {
                 **asdict(row.published),
                 "planned": {
-                    name: _as_dict(getattr(row, name)) for name in ("old", "new", "offloaded")
+                    name: _as_dict(getattr(row, name))
+                    for name in ("old", "old_on_host", "new", "new_offloaded")
                 },
             }
             for row in rows

@@ -11,9 +11,11 @@ Nothing of the plan is fitted to them. Assumed, because no source says it of eac
   with learned positions and a row of the table for every token, in float16, a sequence at a time;
 - *old* is :data:`~isoform.parallel.training.switches.BASELINE` by whichever layout of shared
   tensors and stages holds most. GenSLM's launch script shares tensors over all GPUs;
+- *old on the host* is the same with optimizer states and what blocks keep in the host's memory, as
+  DeepSpeed can and as the configuration in that script does with states;
 - *new* shares the sequence over all GPUs, tensors and stages over none; parameters, gradients and
   optimizer states are sharded, and what blocks keep stays on the device;
-- *offloaded* keeps that on the host, of which a GPU has :data:`HOST` bytes: 1 TB for 8 of them;
+- *new offloaded* keeps that on the host, of which a GPU has :data:`HOST` bytes: 1 TB for 8 of them;
 - a GPU gives :data:`MEMORY` bytes to tensors, all that it is sold with.
 
 Megatron-LM's own scheme (tensors shared, and between them the sequence) is none of our switches.
@@ -39,6 +41,9 @@ __all__ = ["PUBLISHED", "Published", "Row", "rows"]
 
 MEMORY, HOST = 40 * 10**9, 128 * 10**9
 """Bytes of a GPU, and of the host for each."""
+
+ON_HOST = BASELINE.but(optimizer="offloaded", checkpointing="offloaded")
+"""The older scheme with the host's memory."""
 
 K = 1024
 """What lengths are counted in."""
@@ -78,13 +83,14 @@ class Row:
 
     Attributes:
         published: What was reported.
-        old, new, offloaded: The plan's, as the module's text says.
+        old, old_on_host, new, new_offloaded: The plan's, as the module's text says.
     """
 
     published: Published
     old: Longest
+    old_on_host: Longest
     new: Longest
-    offloaded: Longest
+    new_offloaded: Longest
 
 
 def rows() -> list[Row]:
@@ -94,11 +100,14 @@ def rows() -> list[Row]:
         c = replace(CONFIGURATIONS[published.model], positions="learned")
         everything = schemes(c)["everything"].switches
         everything = everything.but(layout=Layout(sequence=published.gpus))
-        run = Run(c, BASELINE, 0, "float16")
-        old = best(run, layouts(run, published.gpus), machine)
-        assert old is not None, "stages alone are always a layout"
-        offloaded = longest(replace(run, switches=everything), machine)
-        on_device = everything.but(checkpointing="blocks")
-        new = longest(replace(run, switches=on_device), machine)
-        found.append(Row(published, old, new, offloaded))
+        older, on_host = (
+            best(run, layouts(run, published.gpus), machine)
+            for run in (Run(c, one, 0, "float16") for one in (BASELINE, ON_HOST))
+        )
+        assert older is not None and on_host is not None, "stages alone are always a layout"
+        run = Run(c, everything, 0, "float16")
+        on_device = replace(run, switches=everything.but(checkpointing="blocks"))
+        found.append(
+            Row(published, older, on_host, longest(on_device, machine), longest(run, machine))
+        )
     return found
