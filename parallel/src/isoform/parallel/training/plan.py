@@ -306,6 +306,12 @@ def _by_name(items: Iterable[Item]) -> dict[str, int]:
 def peak(run: Run) -> Peak:
     """The moment that holds most, and what.
 
+    Args:
+        run: The step.
+
+    Returns:
+        When, and every item of device and host.
+
     Raises:
         ValueError: What is shared over ranks cannot be cut into so many parts.
         Unsupported: The techniques do not go together.
@@ -317,7 +323,14 @@ def peak(run: Run) -> Peak:
 
 
 def moments(run: Run) -> dict[str, list[Item]]:
-    """Everything that a rank holds on the device, at each moment that may be that of the peak."""
+    """Everything that a rank holds on the device, at each moment that may be that of the peak.
+
+    Args:
+        run: The step.
+
+    Returns:
+        Items by the name of the moment.
+    """
     always = _always(run)
     found = {}
     for name, more in _forward(run).items():
@@ -888,6 +901,9 @@ def longest(run: Run, machine: Machine) -> Longest:
         run: The step; its length does not matter.
         machine: What a rank has.
 
+    Returns:
+        The longest, or where nothing fits the shortest that was tried.
+
     Raises:
         ValueError: What is shared over ranks cannot be cut into so many parts.
         Unsupported: The techniques do not go together.
@@ -908,7 +924,20 @@ def longest(run: Run, machine: Machine) -> Longest:
 
 
 def of_length(run: Run, length: int, machine: Machine) -> Longest:
-    """A step of some length, and what it has not enough of."""
+    """A step of some length, and what it has not enough of.
+
+    Args:
+        run: The step.
+        length: Of its sequence, in tokens.
+        machine: What a rank has.
+
+    Returns:
+        Whether it fits, and what is held.
+
+    Raises:
+        ValueError: What is shared over ranks cannot be cut into so many parts.
+        Unsupported: The techniques do not go together.
+    """
     one = _sized(run, length)
     found = peak(one)
     why_not = ""
@@ -943,6 +972,13 @@ def layouts(run: Run, ranks: int) -> list[Layout]:
     """Every way to share a sequence, tensors and blocks over all ranks, that the switches allow.
 
     Attention that is stored has no sequence over ranks; then ranks share tensors and blocks alone.
+
+    Args:
+        run: The step; its own layout does not matter.
+        ranks: How many.
+
+    Returns:
+        Those that :meth:`~isoform.parallel.training.switches.Switches.check` lets through.
     """
     found = []
     for tensor in _divisors(ranks):
@@ -968,7 +1004,13 @@ def _divisors(n: int) -> list[int]:
 def best(run: Run, among: Iterable[Layout], machine: Machine) -> Longest | None:
     """The longest of all ``among``; of equals that with fewest shared tensors and stages.
 
-    None where there are no layouts.
+    Args:
+        run: The step; its length and its layout do not matter.
+        among: Layouts.
+        machine: What a rank has.
+
+    Returns:
+        The longest; None where there are no layouts.
     """
     tried = [
         longest(replace(run, switches=laid_out(run.switches, layout)), machine)
@@ -980,7 +1022,14 @@ def best(run: Run, among: Iterable[Layout], machine: Machine) -> Longest | None:
 def least(run: Run, length: int, among: Iterable[Layout], machine: Machine) -> Longest | None:
     """A step of some length by the layout that needs least of the device, if any fits.
 
-    None where there are no layouts.
+    Args:
+        run: The step; its layout does not matter.
+        length: Of its sequence, in tokens.
+        among: Layouts.
+        machine: What a rank has.
+
+    Returns:
+        The step; None where there are no layouts.
     """
     tried = [
         of_length(replace(run, switches=laid_out(run.switches, layout)), length, machine)
@@ -1014,6 +1063,9 @@ def schemes(
     Args:
         configuration: The model.
         head_groups, tile, every: Of what is switched on.
+
+    Returns:
+        By name, the older scheme and everything first.
     """
     new = EVERYTHING.but(head_groups=min(head_groups, configuration.heads), tile=tile, every=every)
     found = {
@@ -1054,7 +1106,7 @@ def of_scheme(
         among: Layouts; all by default.
 
     Returns:
-        None where it may have none of them.
+        The longest, or the step of that length; None where it may have none of the layouts.
     """
     run = replace(run, switches=scheme.switches)
     allowed = layouts(run, ranks)
@@ -1099,6 +1151,9 @@ def compare(lines: Iterable[Mapping[str, Any]]) -> list[Compared]:
     Args:
         lines: Of the record, in order; those that are no steps are passed over. Each step is one of
             the model and the scheme that it names, as the record's first line describes schemes.
+
+    Returns:
+        A comparison for each step, in order.
 
     Raises:
         ValueError: A step comes before the line that describes schemes, or names a model or a

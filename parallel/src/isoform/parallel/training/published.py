@@ -94,7 +94,11 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Every line of the table."""
+    """Every line of the table.
+
+    Returns:
+        As :data:`PUBLISHED`, each beside the plan's lengths.
+    """
     machine, found = Machine(MEMORY, HOST), []
     for published in PUBLISHED:
         c = replace(CONFIGURATIONS[published.model], positions="learned")
