@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from isoform.parallel.communicator import Communicator
+from isoform.parallel.communicators.simulated import simulate
 from isoform.parallel.training import attending, plan
 from isoform.parallel.training.memory import Counted
 from isoform.parallel.training.model import build
@@ -231,6 +233,37 @@ def test_with_a_gpus_kernels(kernels, model, switches):
 
 
 # --- over ranks, and what fits ---
+
+
+def of_rank(comm: Communicator, run: Run) -> Measured:
+    """Forward and backward of a rank that has no optimizer."""
+    with Counted() as count:
+        model = build(run.configuration, run.switches, comm=comm, dtype=torch.float32)
+        sharding = model.sharding(run.length)
+        own = sharding.shard(torch.zeros(1, run.length, dtype=torch.int64), comm.rank)
+        count.most = count.now
+        model(own, sharding=sharding).backward()
+    return Measured(count.most, model.offload.most_held)
+
+
+@pytest.mark.parametrize("model", [MODEL, TABLE], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("strategy", "near", "ranks"),
+    [("ring", None, 3), ("ulysses", None, 2), ("all_gather", None, 3), ("hybrid", 2, 4)],
+)
+def test_over_ranks(model, strategy, near, ranks):
+    layout, c = Layout(sequence=ranks), replace(model, max_length=800)
+    switches = ALL.but(head_groups=1, strategy=strategy, near=near, layout=layout)
+    run = Run(c, switches.but(optimizer="replicated"), 800, "float32", "reference")
+    real = simulate(of_rank, ranks, run)
+    # states of weights are an item of their own, those of a table are beside its rows
+    states = run.weights * run.states + run.table * run.states
+    planned = peak(run).bytes - states
+    assert planned == pytest.approx(max(one.device for one in real), rel=WITHIN)
+    assert peak(run).host_bytes == max(one.host for one in real)
+    # what is sent, and tiles, are most of it
+    exchanged = peak(run).parts()["exchange"]
+    assert exchanged > 2 * WITHIN * planned
 
 
 def test_what_ranks_share():

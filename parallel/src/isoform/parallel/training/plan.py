@@ -16,8 +16,9 @@ Counted are PyTorch's tensors, as ``torch.cuda.max_memory_allocated`` does. Not 
 context, NCCL's buffers, and what an allocator cannot use of the memory that it holds.
 
 Peaks that are measured lie within 10 % (``test_training_plan.py``): on a processor for every
-switch, and of :mod:`isoform.parallel.benchmark.genome` on a GPU. What several ranks share of
-parameters, gradients and states, tensors and stages, is arithmetic alone.
+switch and every strategy over ranks, and of :mod:`isoform.parallel.benchmark.genome` on a GPU once
+there is a record. What ranks share of parameters, gradients and states, of tensors and stages, is
+arithmetic alone.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from functools import cached_property
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
+from isoform.parallel.local import BLOCK_K, BLOCK_Q
 from isoform.parallel.planner.memory import moments_of
 from isoform.parallel.planner.plan import ITEMSIZE
 from isoform.parallel.planner.plan import plan as plan_attention
 from isoform.parallel.planner.work import Attended
 from isoform.parallel.sharding import Sharding
-from isoform.parallel.traffic import Sizes
+from isoform.parallel.traffic import Sizes, group_size
 from isoform.parallel.training import precision
 from isoform.parallel.training.switches import BASELINE, EVERYTHING, Layout, Switches
 from isoform.reference.contract import Unsupported
@@ -582,21 +584,39 @@ def _attending(run: Run) -> list[Item]:
         scores = run.heads * run.n**2 * run.s
         return [out, Item("mask and scores", 2 * scores, "scores, and their softmax")]
     if run.switches.layout.sequence > 1:
-        return [_exchanged(run, 0)]
+        return _exchanged(run, 0)
     if run.kernels == "reference":
         return [out, *_tiles(run, 3), *_lifted(run, 1)]
     lse = Item("attention", (4 if run.kernels == "library" else 1) * _lse(run), "log-sum-exp")
     return [out, lse]
 
 
-def _exchanged(run: Run, way: Literal[0, 1]) -> Item:
+def _exchanged(run: Run, way: Literal[0, 1]) -> list[Item]:
     """What a strategy over ranks has besides its operands, in the forward (0) or backward (1)."""
     strategy, near = run.exchange
     sharding = Sharding(run.switches.sharding, run.length, run.switches.layout.sequence)
     found = moments_of(strategy, sharding, run.sizes, near=near)[way]
     most = max(int(held.max()) for held in found.values())
-    before = (3 if way == 0 else 5) * run.u
-    return Item("exchange", max(most - before, 0), f"of {strategy}: what others send, and sums")
+    before = (3 if way == 0 else 5) * run.u + (way == 1) * _lse(run)
+    if run.kernels != "reference":
+        return [Item("exchange", most - before, f"of {strategy}: what others send, and sums")]
+    # the planner's tiles are those of NumPy: of PyTorch's reference they have all keys of a block
+    group = group_size(strategy, sharding.ranks, near)
+    heads, queries = run.heads, run.n
+    keys = run.length if strategy == "all_gather" else run.n
+    if strategy in ("ulysses", "hybrid"):
+        heads, queries, keys = ceil(heads / group), run.n * group, run.n * group
+    rows, columns = min(BLOCK_Q, queries), min(BLOCK_K, keys)
+    logits = (4, 6)[way]
+    blocks = (
+        heads * run.w * run.configuration.head_dim * ((1, 3)[way] * rows + (3, 5)[way] * columns)
+    )
+    of_numpy = blocks + logits * heads * run.w * rows * columns + rows * columns
+    return [
+        Item("exchange", most - before - of_numpy, f"of {strategy}: what others send, and sums"),
+        Item("exchange", (3, 5)[way] * heads * run.w * rows * keys, "tiles of logits"),
+        Item("exchange", 2 * rows * keys, "the mask of a tile, and where nothing is seen"),
+    ]
 
 
 def _tiles(run: Run, logits: int) -> list[Item]:
@@ -759,7 +779,7 @@ def _differentiating(run: Run, *, saved: bool) -> list[Item]:
     results = [Item("attention", wide, "its output"), Item("attention", _lse(run), "log-sum-exp")]
     found = [*([] if saved else results), Item("attention", wide, "gradient of the output")]
     if run.switches.layout.sequence > 1:
-        return [*found, _exchanged(run, 1)]
+        return [*found, *_exchanged(run, 1)]
     found.append(Item("attention", 3 * wide, "gradients of queries, keys and values"))
     if run.kernels == "reference":
         return [*found, *_tiles(run, 6), *_lifted(run, 3)]
