@@ -93,6 +93,7 @@ def test_nothing_fits():
         (("--length", "1T"), "--length must be a number such as 4096, 512K or 1M, got '1T'"),
         (("--plot", "a.txt"), "--plot must be a .png, .svg, .pdf file, got a.txt"),
         (("--plot", "nowhere/a.svg"), "cannot write nowhere/a.svg"),
+        (("--paper", "--plot", "a.svg"), "--paper, --record and --plot do not go together"),
         (("--record", "nowhere.jsonl"), "cannot read nowhere.jsonl: No such file"),
     ],
     ids=" ".join,
@@ -161,5 +162,8 @@ def test_a_record(tmp_path: Path):
     bad = written(1.2 * planned.peak.bytes)
     assert bad.exit_code == 1 and "1 off by more than 10 %" in bad.stdout
     assert run("--record", str(path), "--within", "20").exit_code == 0
+    (read,) = json.loads(run("--record", str(path), "--json").stdout)
+    assert read["error"] == pytest.approx(1 / 1.2 - 1, rel=1e-3)
+    assert read["planned"]["bytes"] == sum(item["bytes"] for item in read["planned"]["items"])
     path.write_text("{}")
     assert run("--record", str(path)).exit_code == 2

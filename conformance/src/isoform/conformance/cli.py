@@ -1634,8 +1634,14 @@ def plan_genome(
 
     to, shown = console(), json != "-"
     try:
+        if paper + (record is not None) + (plot is not None) > 1:
+            raise planning.WrongRequest("--paper, --record and --plot do not go together")
         if record is not None:
-            good = genome.print_compared(to, genome.read_record(record), within / 100)
+            compared = genome.read_record(record)
+            if shown:
+                genome.print_compared(to, compared, within / 100)
+            _write_json(genome.compared_as_json(compared), json)
+            good = all(abs(one.error) <= within / 100 for one in compared)
             raise typer.Exit(Code.PASS if good else Code.WRONG)
         if paper:
             from isoform.parallel.training.published import rows

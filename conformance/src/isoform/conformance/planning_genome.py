@@ -255,12 +255,17 @@ def as_json(asked: Request, found: Mapping[str, Longest | None]) -> str:
 def _as_dict(found: Longest | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    one = found.peak
     return {
         "length": found.run.length,
         "fits": found.fits,
         "limited_by": found.limited_by,
         "switches": asdict(found.run.switches),
+        **_peak(found.peak),
+    }
+
+
+def _peak(one: Peak) -> dict[str, Any]:
+    return {
         "moment": one.moment,
         "bytes": one.bytes,
         "host_bytes": one.host_bytes,
@@ -355,8 +360,8 @@ def read_record(path: Path) -> list[Compared]:
         raise WrongRequest(f"{path} is no record of training: {problem}") from problem
 
 
-def print_compared(to: Console, found: Sequence[Compared], within: float) -> bool:
-    """Print what was measured beside the plan; whether all of it is within."""
+def print_compared(to: Console, found: Sequence[Compared], within: float) -> None:
+    """Print what was measured beside the plan."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("step", overflow="fold")
     for name in ("measured", "planned", "off"):
@@ -370,7 +375,22 @@ def print_compared(to: Console, found: Sequence[Compared], within: float) -> boo
     off = sum(abs(one.error) > within for one in found)
     worst = max((abs(one.error) for one in found), default=0.0)
     line(to, f"{len(found)} steps, {off} off by more than {100 * within:g} %, at most {worst:.1%}")
-    return not off
+
+
+def compared_as_json(found: Sequence[Compared]) -> str:
+    """The same, with every line of the arithmetic."""
+    return json.dumps(
+        [
+            {
+                "what": one.what,
+                "measured": {"bytes": one.measured, "host_bytes": one.measured_host},
+                "planned": _peak(one.planned),
+                "error": one.error,
+            }
+            for one in found
+        ],
+        indent=1,
+    )
 
 
 # As a picture.

@@ -33,6 +33,8 @@ module                  what is in it
 ``engines``             tensor and pipeline parallelism and sharded states, on one mesh with these
 ``precision``           AdamW for 16-bit parameters
 ``memory``              what tensors hold at most, counted
+``plan``                what they will hold, item by item, and the longest sequence that fits
+``published``           lengths that others reported, beside the plan's
 ``fasta``               records, letters and faults of a file, as a stream
 ``data``                a genome as tokens, and the windows of each step
 ``markov``              the order-k Markov model, to compare with
