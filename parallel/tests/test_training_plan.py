@@ -400,7 +400,7 @@ def test_a_record_is_compared(tmp_path):
             compare(wrong)
 
 
-RECORD = ROOT / "ci/results/genome_benchmarks.jsonl"
+RECORD = ROOT / "ci/results/training_benchmarks.jsonl"
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no GPU has been measured")
