@@ -98,9 +98,9 @@ def test_groups_cases_and_dtypes_are_chosen(own_pytest: Pytest) -> None:
             "--dtype",
             "fp16",
             "--case",
-            "evoformer/*/one-hot",
+            "evoformer/values/*/one-hot",
             "--case",
-            "evoformer/*/subnormal",
+            "evoformer/values/*/subnormal",
         ),
     )
     assert code == 0
