@@ -159,6 +159,8 @@ def test_the_command_line(kernels: str) -> None:
 
 
 def test_ctrl_c_ends_it_with_the_summary(kernels: str) -> None:
+    # a job in the background begins with SIGINT ignored, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, "-m", "isoform.conformance.cli", "fuzz", f"{kernels}:wrong"]
     command += ["--framework", "numpy", "--minutes", "5", "--seed", "5", "-q", "-o", "found"]
     running = subprocess.Popen(

@@ -286,6 +286,8 @@ def test_a_rank_that_is_killed_under_torchrun(here):
 
 
 def test_an_interrupt_says_how_to_go_on(here):
+    # a job in the background begins with SIGINT ignored, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     (here / "run.toml").write_text(SETTINGS.replace("steps = 4", "steps = 4000"))
     process = started(sys.executable, *ISOFORM, "run")
     waited_for(here / "run", 3, process)
