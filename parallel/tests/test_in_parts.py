@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from isoform.parallel import Sharding, in_parts
 from isoform.parallel.in_parts import Part, Parts, cut
+from isoform.parallel.local import Mask
 from isoform.reference.torch.attention import (
     attention_block_backward_tiled,
     attention_block_tiled,
@@ -64,6 +65,17 @@ def test_all_shards_together_are_one_causal_call_in_the_order_of_positions():
     found = cut(everywhere, everywhere, causal=True)
     assert found.parts == (Part(slice(0, 64), slice(0, 64), True),)
     np.testing.assert_array_equal(everywhere[found.order], np.arange(64))
+
+
+def test_a_mask_is_cut_once_for_all_steps(monkeypatch):
+    monkeypatch.setattr(Mask, "in_parts", lambda self, like: True)
+    sharding = Sharding.zigzag(37, 4)
+    mask, own = Mask(sharding, causal=True), sharding.positions(1)
+    between, to_all = mask.between([1], [2, 0], None), mask.to_all(1, None)
+    other = np.concatenate([sharding.positions(2), sharding.positions(0)])
+    assert between["parts"].parts == cut(own, other, causal=True).parts
+    assert to_all["parts"].parts == cut(own, np.arange(37), causal=True).parts
+    assert mask.between([1], [2, 0], None)["parts"] is between["parts"]
 
 
 def test_what_is_cut_too_finely_is_declined():

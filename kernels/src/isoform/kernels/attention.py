@@ -96,9 +96,7 @@ def attention(
         *(q, k, v, causal, positions, key_positions, segments, key_segments, window, scale),
         lse=return_lse,
     )
-    chosen = select(
-        asked.call, asked.wish(deterministic=deterministic, low_memory=low_memory), kernel
-    )
+    chosen = asked.kernel(kernel, deterministic=deterministic, low_memory=low_memory)
     out, lse = _door(q).forward(
         chosen, asked.operands, asked.options, asked.scale, return_lse=return_lse
     )
@@ -138,9 +136,7 @@ def attention_vjp(
         As :func:`attention`; the function: TypeError or ValueError where dout does not fit out.
     """
     asked = _ask(q, k, v, causal, positions, key_positions, segments, key_segments, window, scale)
-    chosen = select(
-        asked.call, asked.wish(deterministic=deterministic, low_memory=low_memory), kernel
-    )
+    chosen = asked.kernel(kernel, deterministic=deterministic, low_memory=low_memory)
     out, lse = _explicit(asked, chosen)
 
     def take_back(dout: Any) -> AttentionGradients:
@@ -185,9 +181,7 @@ def attention_backward(
     """
     asked = _ask(q, k, v, causal, positions, key_positions, segments, key_segments, window, scale)
     _check_like("dout", dout, dtype_name(q), q.shape, q)
-    chosen = select(
-        asked.call, asked.wish(deterministic=deterministic, low_memory=low_memory), kernel
-    )
+    chosen = asked.kernel(kernel, deterministic=deterministic, low_memory=low_memory)
     out, lse = _explicit(asked, chosen)
     return _gradients(asked, chosen, dout=dout, out=out, lse=lse)
 
@@ -239,9 +233,7 @@ def attention_saved_backward(
     for name, x in (("dout", dout), ("out", out)):
         _check_like(name, x, dtype_name(q), q.shape, q)
     _check_like("lse", lse, "float32", asked.call.shape.of("lse"), q)
-    chosen = select(
-        asked.call, asked.wish(deterministic=deterministic, low_memory=low_memory), kernel
-    )
+    chosen = asked.kernel(kernel, deterministic=deterministic, low_memory=low_memory)
     return _gradients(asked, chosen, dout=dout, out=out, lse=lse)
 
 
@@ -285,7 +277,7 @@ def attention_block(
         lse=True,
         wide=True,
     )
-    out, lse = _explicit(asked, select(asked.call, asked.wish(), kernel))
+    out, lse = _explicit(asked, asked.kernel(kernel))
     return out, lse
 
 
@@ -340,7 +332,7 @@ def attention_block_backward(
     _check_like("dout", dout, dtype_name(q), q.shape, q)
     for name, x in (("lse", lse), ("delta", delta)):
         _check_like(name, x, "float32", asked.call.shape.of("lse"), q)
-    chosen = select(asked.call, asked.wish(), kernel)
+    chosen = asked.kernel(kernel)
     return _gradients(asked, chosen, dout=dout, lse=lse, delta=delta)
 
 
@@ -401,6 +393,13 @@ class _Asked(NamedTuple):
         """What a kernel must fit besides."""
         of_torch, wide = is_torch(self.operands["q"]), self.options.wide
         return Wish(of_torch, self.scale, wide, deterministic, low_memory)
+
+    def kernel(
+        self, only: str | None, *, deterministic: bool = False, low_memory: bool = False
+    ) -> Kernel:
+        """The kernel that does it, or the one called ``only``, as :func:`select` says."""
+        wish = self.wish(deterministic=deterministic, low_memory=low_memory)
+        return select(self.call, wish, only)
 
 
 def _ask(

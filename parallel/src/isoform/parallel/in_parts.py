@@ -19,7 +19,8 @@ attention to itself is causal by index, whatever gaps it has, once it is sorted:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ class Part(NamedTuple):
     causal: bool
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Parts:
     """Rectangles that cover what attends, each pair once.
 
     Attributes:
@@ -49,6 +51,12 @@ class Parts(NamedTuple):
 
     parts: tuple[Part, ...]
     order: Array | None = None
+
+    @cached_property
+    def back(self) -> Array:
+        """From the order of their positions to that in which they lie."""
+        assert self.order is not None
+        return np.argsort(self.order)
 
 
 class Run(NamedTuple):
@@ -81,18 +89,12 @@ def cut(queries: Array, keys: Array, *, causal: bool) -> Parts | None:
     Returns:
         The parts; None where it takes more than :data:`MOST`.
     """
-    return _cut(queries.tobytes(), keys.tobytes(), causal, queries.dtype.str)
-
-
-@lru_cache(maxsize=1024)  # the same at every layer and step
-def _cut(queries: bytes, keys: bytes, causal: bool, dtype: str) -> Parts | None:
-    q, k = np.frombuffer(queries, dtype), np.frombuffer(keys, dtype)
     if not causal:
-        return Parts((Part(slice(0, len(q)), slice(0, len(k)), False),))
-    if np.array_equal(q, k):
-        whole = Part(slice(0, len(q)), slice(0, len(k)), True)
-        return Parts((whole,), None if np.all(np.diff(q) > 0) else np.argsort(q))
-    own, other = runs(q), runs(k)
+        return Parts((Part(slice(0, len(queries)), slice(0, len(keys)), False),))
+    if np.array_equal(queries, keys):
+        whole = Part(slice(0, len(queries)), slice(0, len(keys)), True)
+        return Parts((whole,), None if np.all(np.diff(queries) > 0) else np.argsort(queries))
+    own, other = runs(queries), runs(keys)
     if len(own) * len(other) > MOST**2:
         return None
     found = joined([part for a in own for b in other for part in _of_runs(a, b)])
@@ -160,7 +162,7 @@ def attend(q: Any, k: Any, v: Any, parts: Parts, one: Attend, merge: Callable[..
         order = _indices(parts.order, q)
         again = Parts(parts.parts)
         out, lse = attend(q[:, order], k[:, order], v[:, order], again, one, merge)
-        back = _indices(np.argsort(parts.order), q)
+        back = _indices(parts.back, q)
         return out[:, back], lse[..., back]
     if len(parts.parts) == 1 and parts.parts[0].queries == slice(0, q.shape[1]):
         return one(q, k[:, parts.parts[0].keys], v[:, parts.parts[0].keys], parts.parts[0].causal)
@@ -194,7 +196,7 @@ def differentiate(
         again = Parts(parts.parts)
         dout, q, k, v, out = (x[:, order] for x in (dout, q, k, v, out))
         found = differentiate(dout, q, k, v, out, lse[..., order], again, one)
-        back = _indices(np.argsort(parts.order), q)
+        back = _indices(parts.back, q)
         dq, dk, dv = (x[:, back] for x in found)
         return dq, dk, dv
     whole = (slice(0, q.shape[1]), slice(0, k.shape[1]))

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from isoform.parallel import in_parts
 from isoform.parallel.arrays import Array, as_like, is_tensor, widened
-from isoform.parallel.in_parts import cut
+from isoform.parallel.in_parts import Parts, cut
 from isoform.parallel.sharding import Sharding
 from isoform.reference.numpy.attention import attention_delta
 from isoform.reference.numpy.attention import merge as merge_arrays
@@ -77,8 +78,8 @@ class Mask:
     def to_all(self, rank: int, like: Any) -> dict[str, Any]:
         """The options of attention from one rank's shard to the whole, in its own order."""
         if self.in_parts(like):
-            own, whole = self.sharding.positions(rank), np.arange(self.sharding.length)
-            if (parts := cut(own, whole, causal=self.causal)) is not None:
+            parts = _parts(self.sharding, (rank,), None, self.causal)
+            if parts is not None:
                 return {"parts": parts, "scale": self.scale}
         options = self.between([rank], range(self.sharding.ranks), like)
         return self._ordered(options, ("key_positions", "key_segments"), like)
@@ -99,8 +100,8 @@ class Mask:
             like: An array of the library and device that the options are for.
         """
         if self.in_parts(like):
-            own, other = self._places(queries), self._places(keys)
-            if (parts := cut(own, other, causal=self.causal)) is not None:
+            parts = _parts(self.sharding, tuple(queries), tuple(keys), self.causal)
+            if parts is not None:
                 return {"parts": parts, "scale": self.scale}
         options: dict[str, Any] = {
             "causal": self.causal,
@@ -142,6 +143,17 @@ class Mask:
 def _together(places: Iterable[Array]) -> Array:
     """Positions or segments of several ranks, one after the other."""
     return np.concatenate([*places], axis=-1)
+
+
+@lru_cache(maxsize=1024)  # the same at every layer and step
+def _parts(
+    sharding: Sharding, queries: tuple[int, ...], keys: tuple[int, ...] | None, causal: bool
+) -> Parts | None:
+    """How the shards of some ranks attend to those of others, or to the whole in its own order."""
+    own = _together(map(sharding.positions, queries))
+    whole = np.arange(sharding.length)
+    other = whole if keys is None else _together(map(sharding.positions, keys))
+    return cut(own, other, causal=causal)
 
 
 def attend(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, Any]:
