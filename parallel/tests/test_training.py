@@ -124,11 +124,15 @@ def test_every_switch_on_every_transport(training_programs, run, world):
         check(case, list(found))
 
 
-@pytest.mark.parametrize("P", [1, 3])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "P"),
+    [
+        (name, P)
+        for name, setting in SETTINGS.items()
+        for P in ((1,) if setting.attention == "stored" else (1, 3))
+    ],
+)
 def test_in_float32(training_programs, name, P):
-    if P > 1 and SETTINGS[name].attention == "stored":
-        pytest.skip("stored on one rank only")
     case = training_programs.Case(SETTINGS[name], dtype="float32")
     check(case, simulate(training_programs.differentiate, P, case))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from isoform.parallel.training import optimizer as optimizers
+from isoform.parallel.training import precision
 from isoform.parallel.training.optimizer import NamedAdamW
 
 
@@ -28,7 +28,7 @@ def new(of: nn.Module) -> NamedAdamW:
 
 @pytest.mark.parametrize("chunk", [1, 13, 10**6])
 def test_numbers_are_those_of_pytorch(chunk, monkeypatch):
-    monkeypatch.setattr(optimizers, "CHUNK", chunk)
+    monkeypatch.setattr(precision, "CHUNK", chunk)
     ours, theirs = model(), model()
     mine = new(ours)
     groups = [

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 27
-"""Numbers whose gradients are lifted to float32 at once."""
+from isoform.parallel.training.precision import cut
 
 STATES = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW keeps of a parameter."""
@@ -48,24 +47,14 @@ class NamedAdamW:
             for name, p in self.parameters.items():
                 if (p in decaying) == decays:
                     kinds.setdefault(getattr(p, "device_mesh", None), []).append(name)
-            for chunk in (chunk for names in kinds.values() for chunk in self._cut(names)):
-                copies = [self.copies[name] for name in chunk]
-                decay = weight_decay if decays else 0.0
-                fused = copies[0].device.type == "cuda"
-                adamw = torch.optim.AdamW(copies, betas=betas, weight_decay=decay, fused=fused)
-                self._chunks.append((chunk, adamw))
-
-    def _cut(self, names: list[str]) -> list[list[str]]:
-        found: list[list[str]] = []
-        held = CHUNK
-        for name in names:
-            size = self.parameters[name].numel()
-            if held + size > CHUNK:
-                found.append([])
-                held = 0
-            found[-1].append(name)
-            held += size
-        return found
+            for names in kinds.values():
+                for places in cut(self.parameters[name].numel() for name in names):
+                    chunk = [names[place] for place in places]
+                    copies = [self.copies[name] for name in chunk]
+                    decay = weight_decay if decays else 0.0
+                    fused = copies[0].device.type == "cuda"
+                    adamw = torch.optim.AdamW(copies, betas=betas, weight_decay=decay, fused=fused)
+                    self._chunks.append((chunk, adamw))
 
     @torch.no_grad()
     def step(self, rate: float, scale: float = 1.0) -> None:

@@ -25,7 +25,9 @@ class MasterAdamW:
 
     def __init__(self, parameters: Iterable[nn.Parameter], **options: Any) -> None:
         self._chunks: list[tuple[list[nn.Parameter], list[Tensor], torch.optim.AdamW]] = []
-        for chunk in _cut(list(parameters)):
+        every = list(parameters)
+        for places in cut(p.numel() for p in every):
+            chunk = [every[place] for place in places]
             masters = [p.detach().to(torch.float32, copy=True) for p in chunk]
             fused = masters[0].device.type == "cuda"
             optimizer = torch.optim.AdamW(masters, fused=fused, **options)
@@ -65,10 +67,17 @@ class MasterAdamW:
             optimizer.load_state_dict(saved["adamw"])
 
 
-def _cut(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    found: list[list[nn.Parameter]] = []
-    for p in parameters:
-        if not found or sum(one.numel() for one in found[-1]) + p.numel() > CHUNK:
+def cut(sizes: Iterable[int]) -> list[list[int]]:
+    """Places of parameters of so many numbers each, in chunks of at most :data:`CHUNK` numbers.
+
+    One that is larger has a chunk to itself.
+    """
+    found: list[list[int]] = []
+    held = 0
+    for place, size in enumerate(sizes):
+        if not found or held + size > CHUNK:
             found.append([])
-        found[-1].append(p)
+            held = 0
+        found[-1].append(place)
+        held += size
     return found
