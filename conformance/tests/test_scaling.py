@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from isoform.conformance.cli import app
 from isoform.conformance.run import Run
-from isoform.parallel.benchmark.scaling import ONE, Point, Record
+from isoform.parallel.benchmark.gpus import ONE
+from isoform.parallel.benchmark.scaling import Point, Record
 
 AROUND = {"date": "2026-11-29T17:00:00", "commit": "abc", "device": "Card", "versions": {"x": "1"}}
 

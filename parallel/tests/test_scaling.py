@@ -10,7 +10,8 @@ import pytest
 from isoform.parallel import Sharding
 from isoform.parallel.attention import attention_vjp
 from isoform.parallel.benchmark import scaling
-from isoform.parallel.benchmark.scaling import Point, Seconds, Silent, Timed
+from isoform.parallel.benchmark.gpus import Seconds, Silent, Timed, slowest
+from isoform.parallel.benchmark.scaling import Point
 from isoform.parallel.communicators.simulated import simulate
 
 POINT = Point(L=96, H=4, G=2, D=8)
@@ -44,9 +45,9 @@ def test_where_nothing_is_sent_a_rank_does_all_the_same(strategy):
 def test_a_round_is_as_long_as_on_the_slowest_rank_and_the_median_counts():
     rounds = [[(1.0, 5.0), (3.0, 4.0), (2.0, 9.0)], [(2.0, 4.0), (1.0, 4.5), (9.0, 1.0)]]
     by_rank = [Timed(tuple(Seconds(*one) for one in each)) for each in rounds]
-    assert scaling.slowest(by_rank) == (3.0, 5.0)
-    assert scaling.slowest([by_rank[0], Timed(())]) == (2.0, 5.0)
-    assert scaling.slowest([Timed(()), Timed((), not_run="out of memory")]) is None
+    assert slowest(by_rank) == (3.0, 5.0)
+    assert slowest([by_rank[0], Timed(())]) == (2.0, 5.0)
+    assert slowest([Timed(()), Timed((), not_run="out of memory")]) is None
 
 
 def test_points_of_weak_scaling_have_as_much_work_a_rank():

@@ -13,7 +13,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from isoform.conformance.benchmark_plots import MARKERS, Style
 from isoform.conformance.plots import LIMIT, SERIES_COLOURS, note, panel
-from isoform.parallel.benchmark.scaling import ONE, Record, read
+from isoform.parallel.benchmark.gpus import ONE
+from isoform.parallel.benchmark.scaling import Record, read
 
 
 @dataclass(frozen=True)

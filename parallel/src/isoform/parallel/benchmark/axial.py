@@ -5,28 +5,29 @@
 The block is AlphaFold 2's, with the attention of :mod:`isoform.kernels`, its inputs and parameters
 bfloat16; forward and backward. One GPU runs the reference's block. Times are of the rank that takes
 longest, and of several rounds the median; memory is the peak above parameters and inputs of the
-rank that takes most. Where nothing is sent (:class:`~.scaling.Silent`) shows what is exposed.
+rank that takes most. Where nothing is sent (:class:`~.gpus.Silent`) shows what is exposed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from isoform.parallel.benchmark.scaling import (
+from isoform.parallel.benchmark.gpus import (
     EXPOSED,
     ONE,
     Seconds,
     Silent,
     Timed,
+    command,
+    figures,
     marks,
-    missing,
     slowest,
+    tell,
+    too_few,
+    why_not,
 )
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.job import Job
@@ -195,8 +196,7 @@ def measure(
             taken = slowest(one.timed for one in found)
             blank = (around, job.transport, ranks, each, competitor)
             if taken is None:
-                why = next((f.timed.not_run for f in found if f.timed.not_run), "no rank ran it")
-                yield Record(*blank, not_run=why)
+                yield Record(*blank, not_run=why_not(one.timed for one in found))
                 continue
             silent = None
             if competitor == OURS:
@@ -220,47 +220,25 @@ def _row(record: Record) -> str:
     place = f"S={at.S:<5} R={at.R:<5} P={record.ranks} {record.competitor:8}"
     if record.not_run:
         return f"{place} not run: {record.not_run}"
-    assert record.forward_s is not None and record.backward_s is not None
-    parts = [f"{place} forward {1e3 * record.forward_s:8.2f} ms"]
-    parts.append(f"backward {1e3 * record.backward_s:8.2f} ms")
+    parts = [place, *figures(record)]
     if record.peak_bytes is not None:
         parts.append(f"{record.peak_bytes / 2**30:6.2f} GiB")
-    if record.efficiency is not None:
-        parts.append(f"{record.efficiency:6.1%} of ideal")
-    if record.exposed_s is not None:
-        parts.append(f"exposed {1e3 * record.exposed_s:.2f} ms")
     return "  ".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time all sizes, print a line each, and record them."""
-    line = argparse.ArgumentParser(
-        prog="python -m isoform.parallel.benchmark.axial",
-        description=str(__doc__).partition("\n\n")[0],
-        epilog="Exit codes: 0 timed, 2 usage, 3 too few GPUs.",
-    )
-    line.add_argument("--ranks", type=int, default=2, help="GPUs (%(default)s)")
+    line = command("axial", __doc__)
     line.add_argument(
         "--sequences", type=int, default=128, metavar="S", help="of the MSA (%(default)s)"
     )
     line.add_argument(
         "--residues", type=int, nargs="+", default=[384, 768], metavar="R", help="(%(default)s)"
     )
-    line.add_argument("--rounds", type=int, default=3, help="the median counts (%(default)s)")
-    line.add_argument(
-        "--transport",
-        choices=("torch-nccl", "cupy-nccl"),
-        default="torch-nccl",
-        help="whose NCCL (%(default)s)",
-    )
-    line.add_argument("--record", type=Path, metavar="FILE", help="append the lines of JSON to it")
-    line.add_argument("--json", action="store_true", help="print the lines instead of a table")
-    line.add_argument("--commit", default="", help="what is checked out, if git cannot be asked")
     asked = line.parse_args(arguments)
     if asked.ranks < 1 or asked.rounds < 1:
         line.error("--ranks and --rounds must be at least 1")
-    if why := missing(asked.ranks):
-        print(why, file=sys.stderr)  # noqa: T201
+    if too_few(asked.ranks):
         return 3
 
     from isoform.kernels.benchmark.records import surroundings
@@ -268,12 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = [Sizes(asked.sequences, R) for R in asked.residues]
     around = asdict(surroundings(asked.commit))
     with Job(asked.ranks, transport=asked.transport) as job:
-        for record in measure(job, sizes, around, asked.rounds):
-            written = json.dumps(asdict(record))
-            print(written if asked.json else _row(record), flush=True)  # noqa: T201
-            if asked.record:
-                with asked.record.open("a") as file:
-                    file.write(written + "\n")
+        tell(measure(job, sizes, around, asked.rounds), _row, asked)
     return 0
 
 

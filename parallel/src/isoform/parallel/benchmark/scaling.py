@@ -18,7 +18,6 @@ every length the one at which a rank of P computes what one GPU does at that len
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -30,10 +29,24 @@ from functools import partial
 from itertools import pairwise, product
 from math import isqrt
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from isoform.parallel.attention import Strategy, attention_vjp
-from isoform.parallel.communicator import Communicator, Parcel
+from isoform.parallel.benchmark.gpus import (
+    EXPOSED,
+    ONE,
+    Seconds,
+    Silent,
+    Timed,
+    command,
+    figures,
+    marks,
+    slowest,
+    tell,
+    too_few,
+    why_not,
+)
+from isoform.parallel.communicator import Communicator
 from isoform.parallel.communicators.simulated import simulate
 from isoform.parallel.job import Job
 from isoform.parallel.planner import Attended, Sizes, Topology, plan
@@ -43,9 +56,6 @@ from isoform.parallel.sharding import Sharding
 STRATEGIES: tuple[Strategy, ...] = ("ring", "ulysses", "all_gather")
 PEER = "context_parallel"
 """PyTorch's own, with its zigzag load balancing."""
-ONE, EXPOSED = "one GPU", "nothing sent"
-"""Who else is timed."""
-
 DTYPE = "bfloat16"
 STEP = 256
 """Lengths of weak scaling are multiples of it."""
@@ -66,53 +76,7 @@ class Point:
         return 4.0 * self.H * self.D * self.L * (self.L + 1) / 2
 
 
-class Seconds(NamedTuple):
-    """Of a forward and of a backward."""
-
-    forward: float
-    backward: float
-
-
-@dataclass(frozen=True)
-class Timed:
-    """What a rank found: seconds by round, and what it sent in both passes of one."""
-
-    rounds: tuple[Seconds, ...]
-    bytes: int = 0
-    messages: int = 0
-    not_run: str = ""
-
-
 # --- on the ranks ---
-
-
-class Silent(Communicator):
-    """Ranks that send nothing: what should arrive is copied from what should be sent.
-
-    So all others say what this one says. A rank computes, allocates and copies as among real
-    ranks, only with the wrong numbers.
-    """
-
-    devices = frozenset({"cpu", "cuda", "cupy"})
-
-    def _post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Callable[[], None]:
-        for index, parcel in enumerate(receives):
-            data = sends[index % len(sends)].data if sends else parcel.data
-            if type(data) is type(parcel.data) and len(data) == len(parcel.data):
-                parcel.data[:] = data
-            else:
-                parcel.data[:] = 0
-        return lambda: None
-
-    def _subgroup(self, groups: Sequence[Sequence[int]], mine: int) -> Communicator:
-        return Silent(list(groups[mine]).index(self.rank), len(groups[mine]), self.traffic)
-
-    def grid(self, near: int) -> tuple[Communicator, Communicator]:
-        """As many ranks as in a grid of real ones."""
-        return (
-            Silent(self.rank % near, near, self.traffic),
-            Silent(self.rank // near, self.size // near, self.traffic),
-        )
 
 
 def timed(comm: Communicator, point: Point, competitor: str, rounds: int, warm: int = 1) -> Timed:
@@ -170,30 +134,6 @@ def _once(
     clock[2].record()
     torch.cuda.synchronize()
     return Seconds(*(1e-3 * start.elapsed_time(end) for start, end in pairwise(clock)))
-
-
-class Mark:
-    """A moment where there is no GPU, as ``torch.cuda.Event`` is one on a GPU's stream."""
-
-    at = 0.0
-
-    def record(self) -> None:
-        """It is now."""
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end: Mark) -> float:
-        """Milliseconds until ``end``."""
-        return 1e3 * (end.at - self.at)
-
-
-def marks(count: int) -> list[Any]:
-    """Moments on the GPU's stream, to be recorded."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return [Mark() for _ in range(count)]
-    event: Callable[..., Any] = torch.cuda.Event
-    return [event(enable_timing=True) for _ in range(count)]
 
 
 def _alone(q: Any, k: Any, v: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -387,15 +327,6 @@ def read(path: Path) -> tuple[Record, ...]:
     return tuple(found)
 
 
-def slowest(by_rank: Iterable[Timed]) -> Seconds | None:
-    """The median round, each as long as on the rank that takes longest; None if there is none."""
-    rounds = list(zip(*(one.rounds for one in by_rank if one.rounds), strict=True))
-    if not rounds:
-        return None
-    longest = [Seconds(*(max(times) for times in zip(*each, strict=True))) for each in rounds]
-    return Seconds(*(statistics.median(times) for times in zip(*longest, strict=True)))
-
-
 def measure(
     job: Job, points: Iterable[Point], around: Any, rounds: int, peers: Sequence[str]
 ) -> Iterator[Record]:
@@ -415,8 +346,7 @@ def measure(
             found = ask(competitor)
             taken = slowest(found)
             if taken is None:
-                why = next((each.not_run for each in found if each.not_run), "no rank ran it")
-                yield blank(ranks=ranks, competitor=competitor, not_run=why)
+                yield blank(ranks=ranks, competitor=competitor, not_run=why_not(found))
                 continue
             ours = competitor in STRATEGIES
             silent = slowest(ask(f"{competitor}, {EXPOSED}")) if ours else None
@@ -489,13 +419,7 @@ def _row(record: Record) -> str:
     place = f"L={at.L:<8} H={at.H} G={at.G:<3} P={record.ranks} {record.competitor:18}"
     if record.not_run:
         return f"{place} not run: {record.not_run}"
-    assert record.forward_s is not None and record.backward_s is not None
-    parts = [f"{place} forward {1e3 * record.forward_s:9.2f} ms"]
-    parts.append(f"backward {1e3 * record.backward_s:9.2f} ms")
-    if record.efficiency is not None:
-        parts.append(f"{record.efficiency:6.1%} of ideal")
-    if record.exposed_s is not None:
-        parts.append(f"exposed {1e3 * record.exposed_s:.2f} ms")
+    parts = [place, *figures(record)]
     if record.predicted_s is not None:
         parts.append(f"predicted {1e3 * record.predicted_s:.2f} ms")
     return "  ".join(parts)
@@ -503,12 +427,7 @@ def _row(record: Record) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time all points, print a line for each competitor, and record it."""
-    line = argparse.ArgumentParser(
-        prog="python -m isoform.parallel.benchmark.scaling",
-        description=str(__doc__).partition("\n\n")[0],
-        epilog="Exit codes: 0 timed, 2 usage, 3 too few GPUs.",
-    )
-    line.add_argument("--ranks", type=int, default=2, help="GPUs (%(default)s)")
+    line = command("scaling", __doc__)
     line.add_argument(
         *("--lengths", "-L"),
         type=int,
@@ -522,25 +441,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--groups", type=int, nargs="+", default=[32, 8], metavar="G", help="of keys (%(default)s)"
     )
     line.add_argument("--head-dim", type=int, default=128, help="(%(default)s)")
-    line.add_argument("--rounds", type=int, default=3, help="the median counts (%(default)s)")
     line.add_argument("--weak", action="store_true", help="lengths of weak scaling too")
-    line.add_argument(
-        "--transport",
-        choices=("torch-nccl", "cupy-nccl"),
-        default="torch-nccl",
-        help="whose NCCL (%(default)s); the peer needs PyTorch's",
-    )
     line.add_argument(
         "--simulated", type=int, default=0, metavar="P", help="P threads that share one GPU instead"
     )
-    line.add_argument("--record", type=Path, metavar="FILE", help="append the lines of JSON to it")
-    line.add_argument("--json", action="store_true", help="print the lines instead of a table")
-    line.add_argument("--commit", default="", help="what is checked out, if git cannot be asked")
     asked = line.parse_args(arguments)
     if asked.ranks < 1 or asked.rounds < 1 or asked.simulated < 0:
         line.error("--ranks and --rounds must be at least 1, --simulated not negative")
-    if why := missing(1 if asked.simulated else asked.ranks):
-        print(why, file=sys.stderr)  # noqa: T201
+    if too_few(1 if asked.simulated else asked.ranks):
         return 3
 
     from isoform.kernels.benchmark.records import surroundings
@@ -555,22 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job = until_done.enter_context(Job(asked.ranks, transport=asked.transport))
             peers = (PEER,) if asked.transport == "torch-nccl" else ()
             records = measure(job, points, around, asked.rounds, peers)
-        for record in records:
-            print(record.as_json() if asked.json else _row(record), flush=True)  # noqa: T201
-            if asked.record:
-                with asked.record.open("a") as file:
-                    file.write(record.as_json() + "\n")
+        tell(records, _row, asked)
     return 0
-
-
-def missing(ranks: int) -> str:
-    """Why this cannot be run here; empty if it can."""
-    try:
-        import torch
-    except ImportError:
-        return "torch is missing: install it with 'pip install \"isoform[torch,cuda13]\"'"
-    there = torch.cuda.device_count()
-    return "" if there >= ranks else f"{ranks} ranks need as many GPUs, and here are {there}"
 
 
 if __name__ == "__main__":
