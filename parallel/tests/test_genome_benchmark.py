@@ -22,6 +22,7 @@ from isoform.parallel.benchmark.genome import (
     model_flops,
 )
 from isoform.parallel.training.model import build
+from isoform.parallel.training.plan import compare
 from isoform.parallel.training.switches import Switches
 from isoform.reference.torch.genome_lm import CONFIGURATIONS
 
@@ -66,6 +67,18 @@ def test_a_step_says_how_far_it_is(tmp_path):
     after = "backward of all after"
     assert said == [{"forward": 0}, {"forward": 1}, {after: 1}, {after: 0}]
     assert found[-1]["kind"] == "step" and found[-1]["length"] == 128
+
+
+def test_a_sequence_is_shared_by_ranks_up_to_what_does_not_fit(tmp_path):
+    more = ["--part", "shared", "--ranks", "2", "--lengths", "64", "1024", "2048"]
+    _, around, fits, refused = lines(tmp_path, *more)
+    assert around["schemes"]["new"]["layout"]["sequence"] == 2
+    assert (fits["kind"], fits["length"], fits["ranks"]) == ("shared", 64, 2)
+    assert fits["host_bytes"] == 32 * 32 * 2  # the first block's input, of two; half the tokens
+    assert 3 < fits["loss"] < 6 and fits["seconds"] == pytest.approx(sum(fits["parts"]))
+    assert (refused["kind"], refused["length"]) == ("does not fit", 1024)
+    (planned,) = compare([around, fits])
+    assert abs(planned.error) < 0.1
 
 
 def test_each_technique_is_switched_back(tmp_path):

@@ -13,6 +13,7 @@ from isoform.parallel.benchmark import scaling
 from isoform.parallel.benchmark.gpus import Seconds, Silent, Timed, slowest
 from isoform.parallel.benchmark.scaling import Point
 from isoform.parallel.communicators.simulated import simulate
+from isoform.parallel.launch import LaunchError
 
 POINT = Point(L=96, H=4, G=2, D=8)
 
@@ -73,6 +74,27 @@ def test_a_record_is_a_line_of_json():
     read = json.loads(record.as_json())
     assert read["point"] == {"L": 96, "H": 4, "G": 2, "D": 8}
     assert read["forward_s"] == 0.1 and read["efficiency"] is None
+
+
+def test_a_competitor_that_ends_its_ranks_is_recorded_and_the_others_run():
+    class Ranks:
+        ranks, transport = 2, "torch-nccl"
+
+        def run(self, function, *args, limit):
+            if function is scaling.bandwidth:
+                return [1e11, 1e11]
+            competitor = args[1]
+            asked.append(competitor)
+            if competitor in ("one GPU", "ring"):
+                raise LaunchError("failed", {1: "Traceback\nRuntimeError: too large\n"}, 2)
+            return [Timed((Seconds(1.0, 2.0),))] * 2
+
+    asked: list[str] = []
+    alone, ring, *others = scaling.measure(Ranks(), [POINT], {}, 1, (), exposed=False)
+    assert alone.not_run == ring.not_run == "RuntimeError: too large"
+    assert [one.forward_s for one in others] == [1.0, 1.0]
+    assert all(one.efficiency is None and one.exposed_s is None for one in others)
+    assert asked == ["one GPU", *scaling.STRATEGIES]
 
 
 def test_too_few_gpus_are_told(capsys):

@@ -20,6 +20,11 @@ over the card's dense bfloat16 peak.
 
 ``--part step`` is a single step, of 2.5B parameters and 512K tokens by default. Its attention alone
 is 2.7·10¹⁷ operations, some ten minutes: a line is written when each block is done.
+
+``--part shared`` gives each sequence to ``--ranks`` GPUs, each under the same limits: ring, zigzag,
+parameters and optimizer states sharded. Lengths are those that are asked for, up to the first that
+does not fit, with the window. Ranks are started for each, for one that is out of memory leaves the
+others waiting. Pages are locked before the step, whose time is without that.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -43,10 +48,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isoform.parallel.communicator import Communicator
+from isoform.parallel.launch import LaunchError, Transport, launch
 from isoform.parallel.training.memory import Counted
 from isoform.parallel.training.model import TrainingLM, build
 from isoform.parallel.training.precision import MasterAdamW
-from isoform.parallel.training.switches import BASELINE, EVERYTHING, Switches
+from isoform.parallel.training.switches import BASELINE, EVERYTHING, Layout, Switches
 from isoform.reference.torch.genome_lm import CONFIGURATIONS, Configuration
 
 GIB = 2**30
@@ -75,6 +82,9 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "checkpointing": {"checkpointing": "none", "head_groups": 1},
 }
 """What is switched back, one at a time."""
+
+PER_RANK = ("peak_bytes", "host_bytes")
+"""What counts of the rank that has most."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,40 @@ class Trainer:
         self.step(length)
         found = sorted((self.step(length) for _ in range(count)), key=lambda one: one.seconds)
         return found[len(found) // 2]
+
+
+def over_ranks(ranks: int) -> Switches:
+    """The new scheme, each sequence shared by so many ranks."""
+    return SCHEMES["new"].but(layout=Layout(sequence=ranks), strategy="ring", sharding="zigzag")
+
+
+def shared_step(comm: Communicator, model: str, length: int, device: str, memory: int) -> Step:
+    """On a rank: a step of a sequence that all ranks share, with the window. Collective."""
+    from isoform.parallel.training.engines import Engine
+    from isoform.parallel.training.optimizer import NamedAdamW
+
+    machine, c = Machine(device, memory), CONFIGURATIONS[model]
+    with machine.counting():
+        states: dict[str, Any] = {"dtype": torch.float32, "compute": torch.bfloat16}
+        engine = Engine(c, over_ranks(comm.size), device=machine.device.type, **states)
+        optimizer = NamedAdamW(engine.model, betas=(0.9, 0.999), weight_decay=0.01)
+        engine.model.attending.window = WINDOW
+        times: list[float] = []
+        engine.model.register_forward_hook(lambda *_: times.append(machine.now()))
+        for tokens in (16 * comm.size, length):  # moments are made by the first step
+            sharding = engine.model.sharding(tokens)
+            own = sharding.lengths[comm.rank]
+            engine.model.offload.reserve(2 * own * c.hidden, c.layers - 1, machine.device)
+            x = torch.randint(c.vocabulary, (1, own), device=machine.device)
+            machine.begin()
+            times[:] = [machine.now()]
+            loss = engine.differentiate(x, sharding=sharding)
+            times.append(machine.now())
+            optimizer.step(1e-4)
+            times.append(machine.now())
+    parts = (times[1] - times[0], times[2] - times[1], times[3] - times[2])
+    host = engine.model.offload.most_held
+    return Step(length, times[3] - times[0], parts, machine.peak(), host, loss)
 
 
 @dataclass
@@ -488,6 +532,27 @@ class Benchmark:
                 handle.remove()
         self.line("step", c, "new", step)
 
+    def shared(self, c: Configuration, ranks: int, lengths: list[int]) -> None:
+        """Steps of sequences that ranks share, up to the first that does not fit."""
+        device, memory = self.machine.device.type, self.limits.memory
+        transport: Transport = "torch-nccl" if self.machine.on_gpu else "gloo"
+        more = {"window": WINDOW, "ranks": ranks}
+        for length in sorted(lengths):
+            if self.late(f"{c.name}, {length} tokens over {ranks} ranks"):
+                return
+            given = (c.name, length, device, memory)
+            try:
+                steps = launch(shared_step, ranks, *given, transport=transport, limit=400)
+            except LaunchError as problem:
+                if "OutOfMemoryError" not in str(problem):
+                    raise
+                refused = {"kind": "does not fit", "model": c.name, "scheme": "new"}
+                self.write({**refused, "length": length, **more})
+                return
+            most = {name: max(getattr(one, name) for one in steps) for name in PER_RANK}
+            step = replace(max(steps, key=lambda one: one.seconds), **most)
+            self.line("shared", c, "new", step, **more, mfu=None)  # with a window it says nothing
+
 
 def surroundings(commit: str, machine: Machine, limits: Limits) -> dict[str, Any]:
     """Where and when, and under which limits."""
@@ -538,10 +603,11 @@ def arguments() -> argparse.ArgumentParser:
     )
     line.add_argument("--host-gb", type=float, default=104.0, help="GiB on the host (%(default)s)")
     line.add_argument("--minutes", type=float, default=8.0, help="after which nothing is begun")
-    line.add_argument("--part", choices=("models", "switches", "step"), nargs="+")
+    line.add_argument("--part", choices=("models", "switches", "step", "shared"), nargs="+")
     line.add_argument("--models", nargs="+", default=["250M", "2.5B"], choices=[*CONFIGURATIONS])
     line.add_argument("--start", type=int, default=2048, help="the first length tried")
     line.add_argument("--lengths", type=int, nargs="+", help="at which the new scheme is timed")
+    line.add_argument("--ranks", type=int, default=2, help="of --part shared (%(default)s)")
     line.add_argument("--length", type=int, default=2**19, help="of --part step (%(default)s)")
     return line
 
@@ -563,7 +629,8 @@ def main(given: list[str] | None = None) -> None:
             with asked.record.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    write(surroundings(asked.commit, machine, limits))
+    around = surroundings(asked.commit, machine, limits)
+    write(around)
     bench = Benchmark(machine, limits, write, asked.quick)
     lengths = asked.lengths or ([8192, 32768] if asked.quick else [8192, 32768, 131072])
     parts = asked.part or ["models", "switches"]
@@ -576,9 +643,18 @@ def main(given: list[str] | None = None) -> None:
         todo["switches"] = partial(bench.switches, first, lengths[0])
     if "step" in parts:
         todo["step"] = partial(bench.step, last, asked.length)
+    if "shared" in parts:
+
+        def shared() -> None:
+            write(around | {"schemes": {"new": asdict(over_ranks(asked.ranks))}})
+            bench.shared(last, asked.ranks, lengths)
+
+        todo["shared"] = shared
     well = [bench.tried(what, part) for what, part in todo.items() if not bench.late(what)]
     sys.exit(0 if all(well) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    from isoform.parallel.benchmark.genome import main as started  # of the module that ranks import
+
+    started()

@@ -49,6 +49,7 @@ from isoform.parallel.benchmark.gpus import (
 from isoform.parallel.communicator import Communicator
 from isoform.parallel.communicators.simulated import simulate
 from isoform.parallel.job import Job
+from isoform.parallel.launch import LaunchError
 from isoform.parallel.planner import Attended, Sizes, Topology, plan
 from isoform.parallel.planner.topology import Level
 from isoform.parallel.sharding import Sharding
@@ -328,19 +329,40 @@ def read(path: Path) -> tuple[Record, ...]:
 
 
 def measure(
-    job: Job, points: Iterable[Point], around: Any, rounds: int, peers: Sequence[str]
+    job: Job,
+    points: Iterable[Point],
+    around: Any,
+    rounds: int,
+    peers: Sequence[str],
+    *,
+    warm: int = 1,
+    exposed: bool = True,
 ) -> Iterator[Record]:
-    """A record of one GPU, of each strategy and each peer at every point."""
+    """A record of one GPU, of each strategy and each peer at every point.
+
+    Args:
+        job: The ranks.
+        points, around, rounds: What is timed, where, and how often.
+        peers: Who else.
+        warm: Rounds before those that count.
+        exposed: Also run each strategy where nothing is sent.
+    """
     ranks = job.ranks
     rate = min(job.run(bandwidth, limit=120))
     for point in points:
 
         def ask(competitor: str, point: Point = point) -> list[Timed]:
-            return job.run(timed, point, competitor, rounds, limit=300)
+            try:
+                return job.run(timed, point, competitor, rounds, warm, limit=300)
+            except LaunchError as problem:  # the next call starts new ranks
+                return [Timed((), not_run=_last_words(problem))]
 
-        one = slowest(ask(ONE))
+        alone = ask(ONE)
+        one = slowest(alone)
         blank = partial(Record, around, job.transport, point=point)
-        if one is not None:
+        if one is None:
+            yield blank(ranks=1, competitor=ONE, not_run=why_not(alone))
+        else:
             yield blank(ranks=1, competitor=ONE, forward_s=one.forward, backward_s=one.backward)
         for competitor in (*STRATEGIES, *peers):
             found = ask(competitor)
@@ -349,7 +371,8 @@ def measure(
                 yield blank(ranks=ranks, competitor=competitor, not_run=why_not(found))
                 continue
             ours = competitor in STRATEGIES
-            silent = slowest(ask(f"{competitor}, {EXPOSED}")) if ours else None
+            quiet = ours and exposed
+            silent = slowest(ask(f"{competitor}, {EXPOSED}")) if quiet else None
             yield blank(
                 ranks=ranks,
                 competitor=competitor,
@@ -361,6 +384,12 @@ def measure(
                 bytes=max(each.bytes for each in found) if ours else 0,
                 messages=max(each.messages for each in found) if ours else 0,
             )
+
+
+def _last_words(problem: LaunchError) -> str:
+    """What the rank that failed first said last."""
+    said = next(iter(problem.tracebacks.values()), str(problem)).strip()
+    return said.splitlines()[-1]
 
 
 def measure_simulated(
@@ -445,7 +474,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line.add_argument(
         "--simulated", type=int, default=0, metavar="P", help="P threads that share one GPU instead"
     )
+    line.add_argument("--warm", type=int, default=1, help="rounds before those (%(default)s)")
+    line.add_argument(
+        "--no-exposed",
+        action="store_true",
+        help="not also where nothing is sent, which takes as long again",
+    )
     asked = line.parse_args(arguments)
+    if asked.warm < 0:
+        line.error("--warm must not be negative")
     if asked.ranks < 1 or asked.rounds < 1 or asked.simulated < 0:
         line.error("--ranks and --rounds must be at least 1, --simulated not negative")
     if too_few(1 if asked.simulated else asked.ranks):
@@ -462,7 +499,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             job = until_done.enter_context(Job(asked.ranks, transport=asked.transport))
             peers = (PEER,) if asked.transport == "torch-nccl" else ()
-            records = measure(job, points, around, asked.rounds, peers)
+            how: dict[str, Any] = {"warm": asked.warm, "exposed": not asked.no_exposed}
+            records = measure(job, points, around, asked.rounds, peers, **how)
         tell(records, _row, asked)
     return 0
 
