@@ -76,22 +76,29 @@ __device__ inline unsigned shared_address(const void *place) {
     return static_cast<unsigned>(__cvta_generic_to_shared(place));
 }
 
-// accumulator += A B for a 16 × 16 tile A and a 16 × 8 tile B.
+// result = start + A B for a 16 × 16 tile A and a 16 × 8 tile B; `start` keeps its registers.
 template <class T>
-__device__ inline void mma_m16n8k16(float (&accumulator)[4], const unsigned (&a)[4],
-                                    const unsigned (&b)[2]) {
+__device__ inline void mma_m16n8k16(float (&result)[4], const unsigned (&a)[4],
+                                    const unsigned (&b)[2], const float (&start)[4]) {
 #define ISOFORM_MMA(TYPE)                                                                \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                           \
-        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                     \
-        : "+f"(accumulator[0]), "+f"(accumulator[1]), "+f"(accumulator[2]),              \
-          "+f"(accumulator[3])                                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                 \
+        : "=f"(result[0]), "=f"(result[1]), "=f"(result[2]), "=f"(result[3])             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),              \
+          "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]))
 #if ELEMENT == 1
     ISOFORM_MMA("f16");
 #elif ELEMENT == 2
     ISOFORM_MMA("bf16");
 #endif
 #undef ISOFORM_MMA
+}
+
+// accumulator += A B.
+template <class T>
+__device__ inline void mma_m16n8k16(float (&accumulator)[4], const unsigned (&a)[4],
+                                    const unsigned (&b)[2]) {
+    mma_m16n8k16<T>(accumulator, a, b, accumulator);
 }
 
 // Four 8 × 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.

@@ -95,17 +95,23 @@ inline void require_alignment(const Site& site, const void* address) {
 
 }  // namespace isoform::emulate
 
-// accumulator += A B for a 16×16 tile A and a 16×8 tile B.
+// result = start + A B for a 16×16 tile A and a 16×8 tile B.
+template <class Element>
+void mma_m16n8k16(float (&result)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                  const float (&start)[4], ISOFORM_HERE) {
+    using namespace isoform::emulate;
+    const Fragments fragments{
+        {start[0], start[1], start[2], start[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    const Accumulator sum =
+        warp_operation<Accumulator>(ISOFORM_SITE, 0xffffffffu, fragments, multiply<Element>);
+    std::memcpy(result, sum.values, sizeof sum);
+}
+
+// accumulator += A B.
 template <class Element>
 void mma_m16n8k16(float (&accumulator)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                   ISOFORM_HERE) {
-    using namespace isoform::emulate;
-    const Fragments fragments{{accumulator[0], accumulator[1], accumulator[2], accumulator[3]},
-                              {a[0], a[1], a[2], a[3]},
-                              {b[0], b[1]}};
-    const Accumulator result =
-        warp_operation<Accumulator>(ISOFORM_SITE, 0xffffffffu, fragments, multiply<Element>);
-    std::memcpy(accumulator, result.values, sizeof result);
+    mma_m16n8k16<Element>(accumulator, a, b, accumulator, file, line);
 }
 
 inline void ldmatrix_x4(unsigned (&matrices)[4], const void* row, ISOFORM_HERE) {
