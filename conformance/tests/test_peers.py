@@ -23,6 +23,7 @@ from isoform.conformance.judge import judge, judge_invalid_calls
 from isoform.conformance.matrix import Record
 from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.peers import PEERS
+from isoform.conformance.peers.adapter import mask_as_bias
 from isoform.conformance.peers.cuequivariance import as_weight, unit_tokens
 from isoform.conformance.peers.xformers import aligned
 from isoform.conformance.registry import NotHere, _load, find
@@ -175,6 +176,18 @@ def test_the_single_representation_brings_operands_through_a_layer_norm() -> Non
     single, norm = unit_tokens(11, x)
     normed = torch.nn.functional.layer_norm(single, single.shape[-1:], norm, eps=1e-5)
     torch.testing.assert_close(normed @ as_weight(x).T, x.flatten(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_mask_is_a_bias_in_every_dtype(dtype: torch.dtype) -> None:
+    """In float16 too, whose least number is greater than what a dropped key gets."""
+    mask = torch.tensor([[[True, False]]])
+    for given, kept in ((None, 0), (torch.ones(1, 1, 1, 1, 2, dtype=dtype), 1)):
+        bias = mask_as_bias(mask, given, dtype, -1e9)
+        assert bias is not None
+        assert (bias.shape, bias.dtype) == ((1, 1, 1, 1, 2), dtype)
+        assert bias[..., 0].item() == kept and bias[..., 1].item() < -6e4
+    assert mask_as_bias(None, None, dtype, -1e9) is None
 
 
 def test_a_bias_is_aligned() -> None:

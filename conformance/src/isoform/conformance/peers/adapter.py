@@ -68,6 +68,6 @@ def mask_as_bias(
     """
     if mask is None:
         return mask_bias
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    bias = bias.masked_fill(~mask, dropped)[:, :, None, None, :]
+    # rounded as a product would be, to −inf where ``dropped`` is past the dtype: filling refuses it
+    bias = torch.where(mask, 0.0, dropped).to(dtype)[:, :, None, None, :]
     return bias if mask_bias is None else bias + mask_bias

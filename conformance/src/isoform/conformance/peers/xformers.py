@@ -10,7 +10,8 @@ from isoform.conformance.peers.adapter import evoformer_peer
 from isoform.reference.contract import Arithmetic, Capabilities
 
 ALIGNMENT = 8
-"""Elements that the rows of a bias must be a multiple of in memory, as its error message says."""
+"""Elements that the rows of a bias must be a multiple of in memory, and head dims, as its error
+messages say (head dims of 4 in float32)."""
 
 
 def aligned(bias: Tensor | None) -> Tensor | None:
@@ -52,6 +53,7 @@ XFORMERS = evoformer_peer(
         "evoformer_attention",
         dtypes=frozenset({"float16", "bfloat16", "float32"}),
         devices=frozenset({"cuda"}),
+        head_dim_multiple=ALIGNMENT,
         min_length=1,
         grouped_heads=False,
         lse=False,
