@@ -404,7 +404,8 @@ class Benchmark:
                 **asdict(step),
                 "tokens_per_s": step.length / step.seconds,
                 "model_flops": flops,
-                "mfu": flops / step.seconds / best if best else None,
+                # flops are of whole attention, so with a window their rate says nothing
+                "mfu": None if more.get("window") or not best else flops / step.seconds / best,
                 **more,
             }
         )
@@ -551,7 +552,7 @@ class Benchmark:
                 return
             most = {name: max(getattr(one, name) for one in steps) for name in PER_RANK}
             step = replace(max(steps, key=lambda one: one.seconds), **most)
-            self.line("shared", c, "new", step, **more, mfu=None)  # with a window it says nothing
+            self.line("shared", c, "new", step, **more)
 
 
 def surroundings(commit: str, machine: Machine, limits: Limits) -> dict[str, Any]:

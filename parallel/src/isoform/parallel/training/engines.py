@@ -312,6 +312,10 @@ class Engine:
             options: dict[str, Any] = {"device": "meta", "requires_grad": True}
             between = torch.empty(shape, dtype=self._between, **options)
             first = torch.empty(size, length, dtype=tokens.dtype, device="meta")
+            # the loss is in at least float32, and some versions of PyTorch compare dtypes
+            loss = torch.empty(
+                1, dtype=torch.promote_types(self._between, torch.float32), **options
+            )
             index, stages = self.stage
             one = PipelineStage(
                 self._stage,
@@ -319,7 +323,7 @@ class Engine:
                 stages,
                 self.device,
                 input_args=(between if index else first,),
-                output_args=(between if index < stages - 1 else torch.empty(1, **options),),
+                output_args=(between if index < stages - 1 else loss,),
                 group=self.mesh.get_group("pipeline"),
             )
             self._schedules[key] = Schedule1F1B(
