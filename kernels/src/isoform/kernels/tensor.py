@@ -86,18 +86,18 @@ PASSES = ("forward", "backward_query", "backward_key", "backward_pair_bias")
 
 GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
     "forward": {
-        16: Geometry(2, 4, 1, 128, 2, 64),
-        32: Geometry(2, 4, 1, 128, 2, 64),
+        16: Geometry(2, 4, 1, 64, 4, 32),
+        32: Geometry(2, 4, 1, 64, 3, 32),
         48: Geometry(2, 4, 1, 64, 2, 32),
-        64: Geometry(1, 4, 1, 64, 2, 32),
+        64: Geometry(1, 4, 1, 64, 3, 32),
         96: Geometry(1, 4, 1, 64, 2, 32),
         128: Geometry(1, 4, 1, 32, 2, 32),
     },
     "forward, gated": {
-        16: Geometry(2, 4, 1, 128, 2, 64),
-        32: Geometry(2, 4, 1, 128, 2, 32),
-        48: Geometry(1, 4, 1, 64, 3, 32),
-        64: Geometry(1, 4, 1, 64, 2, 32),
+        16: Geometry(1, 4, 1, 64, 4, 64),
+        32: Geometry(1, 4, 1, 64, 4, 32),
+        48: Geometry(1, 4, 1, 64, 3, 64),
+        64: Geometry(1, 4, 1, 64, 3, 32),
         96: Geometry(1, 4, 1, 64, 2, 32),
         128: Geometry(1, 4, 1, 32, 2, 32),
     },
@@ -346,14 +346,12 @@ def shared_bytes(name: str, D: int, *, gated: bool) -> int:
     row = 2 * (head_dim(D) + 8)
     columns = own if name == "backward_key" else block
     bias = 2 * (columns + 8)
-    key, start, query = 6, 8, 16  # bytes that are kept of each
+    key, query = 6, 16  # bytes that are kept of each
     match name:
-        case "forward":
-            streams = 2 * rows * block * row
-            return rows * own * row + 2 * streams + 4 * rows * block * (key + start)
-        case "backward_query":
+        case "forward" | "backward_query":
+            kept = 1 if name == "forward" else 2  # q; with the cotangent
             streams = 2 * rows * block * row + own * bias
-            return 2 * rows * own * row + 2 * streams + 4 * rows * block * key
+            return kept * rows * own * row + 2 * streams + 4 * rows * block * key
         case "backward_key":
             streams = (2 + gated) * rows * block * row + block * bias
             return 2 * rows * own * row + 2 * streams + 4 * rows * block * query

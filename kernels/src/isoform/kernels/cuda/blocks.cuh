@@ -22,18 +22,6 @@ struct Tiles {
     }
 };
 
-// The same where a block is all there is to number: there are fewer than 2^31 of them, so no coordinate
-// and no size is larger.
-struct Blocks {
-    unsigned rest;
-
-    __device__ int64 next(int64 size) {
-        const unsigned of = static_cast<unsigned>(size), coordinate = rest % of;
-        rest /= of;
-        return coordinate;
-    }
-};
-
 __device__ inline int tiles_of(int64 length, int size) {
     return static_cast<int>((length + size - 1) / size);
 }

@@ -136,12 +136,11 @@ struct PairBiasStream : Stream<SIZE, BIAS_COLUMNS, THREADS, ALIGNED_BIAS> {
 __device__ inline void store_rows(const Row *tile, const EvoformerArguments &a, const Operand &x,
                                   const Head &at, int64 first, int64 end) {
     const bool by_16_bytes = aligned(x);
-    Element *const rows = channels_of(x, at, first);
     for (int piece = lane(); piece < OWN * (HEAD_DIM / 8); piece += 32) {
         const int row = piece / (HEAD_DIM / 8), d = piece % (HEAD_DIM / 8) * 8;
         const int count = clamp(a.D - d, 0, 8);
         if (first + row >= end) break;
-        Element *target = rows + row * x.stride[2] + d * x.stride[4];
+        Element *target = channels_of(x, at, first + row) + d * x.stride[4];
         if (by_16_bytes && count == 8)
             *reinterpret_cast<uint4 *>(target) = *reinterpret_cast<const uint4 *>(tile[row] + d);
         else
@@ -206,15 +205,10 @@ struct KeyStream {
         round_to(0.0f, &raw.bias);
         if (left > 0 && mask != nullptr) raw.mask = *mask;
         if (MASK_BIAS && left > 0) raw.bias = *bias;
-        move(a, 1);
+        left -= BLOCK;
+        if (mask != nullptr) mask += BLOCK * a.mask.stride[2];
+        if (MASK_BIAS) bias += BLOCK * a.mask_bias.stride[4];
         return raw;
-    }
-
-    // By so many tiles.
-    __device__ void move(const EvoformerArguments &a, int tiles) {
-        left -= tiles * BLOCK;
-        if (mask != nullptr) mask += tiles * (BLOCK * a.mask.stride[2]);
-        if (MASK_BIAS) bias += tiles * (BLOCK * a.mask_bias.stride[4]);
     }
 };
 
@@ -273,247 +267,6 @@ __device__ inline void multiply_over_channels(float (&acc)[M_TILES][N][4], const
             }
         }
     }
-}
-
-// --- Keys that stream by, with the pair bias from memory into registers --------------------------
-//
-// Of the pair bias, a lane reads eight keys of a query at once, those that it needs itself. For that
-// the keys of a tile stand in another order in shared memory: of 32 of them, key 8 r + 2 n + e is at
-// place 8 n + 2 r + e, so that of four times eight places, the lanes with lane % 4 == r have eight
-// keys one after the other.
-
-__device__ constexpr int key_at(int place) {
-    return (place & ~31) | (place << 2 & 24) | (place >> 2 & 6) | (place & 1);
-}
-
-// A thread's part in copying one tile of k and of v after the other: the same pieces of both.
-template <int THREADS>
-struct KeyRows {
-    static constexpr int PIECES = HEAD_DIM / 8;
-    static constexpr int PASS = THREADS / PIECES;
-    static constexpr int PASSES = (BLOCK + PASS - 1) / PASS;
-    // Then key_at(row + n * PASS) = key_at(row) + key_at(n * PASS).
-    static constexpr bool EVEN = THREADS % PIECES == 0 && (PASS & (PASS - 1)) == 0;
-
-    const Element *k, *v;  // the thread's first piece of the next tile, or, if not EVEN, of its first row
-    int row, column, count;
-
-    __device__ KeyRows(const EvoformerArguments &a, const Head &group, unsigned thread)
-        : row(thread / PIECES), column(thread % PIECES * 8),
-          count(static_cast<int>(a.D) - column) {
-        const int first = EVEN ? key_at(row) : 0;
-        k = channels_of(a.k, group, 0) + first * a.k.stride[2] + column * a.k.stride[4];
-        v = channels_of(a.v, group, 0) + first * a.v.stride[2] + column * a.v.stride[4];
-        if (count > 8) count = 8;
-        if (row >= PASS) row = BLOCK;  // nothing to do
-    }
-
-    // Starts to copy the next tile, of the rows that are kept, and zeros elsewhere. What is not copied is
-    // not even read: a dropped key may hold NaN (rule EVO-4).
-    __device__ void load(const EvoformerArguments &a, Row *k_tile, Row *v_tile,
-                         const unsigned short *kept) {
-        bool wanted[PASSES];
-#pragma unroll
-        for (int n = 0; n < PASSES; ++n)
-            wanted[n] = is_there(n) && kept[row + n * PASS] != 0;
-        copy(k_tile, k, a.k, wanted), copy(v_tile, v, a.v, wanted);
-        move(a, 1);
-    }
-
-    // By so many tiles.
-    __device__ void move(const EvoformerArguments &a, int64 tiles) {
-        k += tiles * (BLOCK * a.k.stride[2]), v += tiles * (BLOCK * a.v.stride[2]);
-    }
-
-  private:
-    __device__ bool is_there(int n) const {
-        return (BLOCK % PASS == 0 && THREADS % PIECES == 0) || row + n * PASS < BLOCK;
-    }
-
-    __device__ void copy(Row *tile, const Element *from, const Operand &x,
-                         const bool (&wanted)[PASSES]) const {
-#pragma unroll
-        for (int n = 0; n < PASSES; ++n) {
-            if (!is_there(n)) continue;
-            const int at = row + n * PASS, key = EVEN ? key_at(n * PASS) : key_at(at);
-            copy_piece<ALIGNED>(tile[at] + column, from + key * x.stride[2],
-                                ALIGNED ? 1 : x.stride[4], wanted[n] ? count : 0);
-        }
-    }
-};
-
-// What a lane reads of the pair bias, KEYS keys of the warp's queries after the other. Where there is
-// no such query or key, it is that of another: an address must be one that can be read.
-template <int KEYS>
-struct PairBias {
-    uint4 words[M_TILES][2][KEYS / 32];  // of eight keys each
-
-    __device__ PairBias(const EvoformerArguments &a, const Head &at, int64 first_query) {
-        if (!PAIR_BIAS) return;
-        const Operand &x = a.pair_bias;
-        const Element *const head = static_cast<const Element *>(x.data) + at.b * x.stride[0] +
-                                    at.h * x.stride[2] + 8 * (lane() % 4) * x.stride[4];
-        const int last = static_cast<int>(a.Q - first_query) - 1;
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = 16 * m + lane() / 4 + 8 * half;
-                next[m][half] = head + (first_query + (row < last ? row : last)) * x.stride[3];
-            }
-        left = static_cast<int>(a.K);
-    }
-
-    // Reads the next keys.
-    __device__ void read(const EvoformerArguments &a) {
-        if (!PAIR_BIAS) return;
-        if (left >= KEYS)
-            read_words<true>(a);
-        else if (left > 0)
-            read_words<false>(a);
-        move(a, KEYS);
-    }
-
-    // By so many keys.
-    __device__ void move(const EvoformerArguments &a, int keys) {
-        if (!PAIR_BIAS) return;
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                next[m][half] += ALIGNED_BIAS ? keys : keys * a.pair_bias.stride[4];
-        left -= keys;
-    }
-
-  private:
-    const Element *next[M_TILES][2];
-    int left;  // keys, from next on
-
-    template <bool ALL>
-    __device__ void read_words(const EvoformerArguments &a) {
-        const int last = left - 1 - 8 * (lane() % 4);
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int group = 0; group < KEYS / 32; ++group) {
-                    uint4 &to = words[m][half][group];
-                    if constexpr (ALIGNED_BIAS) {
-                        const int most = last - 7, key = ALL || 32 * group < most ? 32 * group : most;
-                        to = __ldg(reinterpret_cast<const uint4 *>(next[m][half] + key));
-                    } else {
-                        const auto pair = [&](int e) {
-                            unsigned bits[2];
-#pragma unroll
-                            for (int i = 0; i < 2; ++i) {
-                                const int at = 32 * group + e + i;
-                                const int key = ALL || at < last ? at : last;
-                                bits[i] = __ldg(reinterpret_cast<const unsigned short *>(
-                                    next[m][half] + key * a.pair_bias.stride[4]));
-                            }
-                            return bits[0] | bits[1] << 16;
-                        };
-                        to = uint4{pair(0), pair(2), pair(4), pair(6)};
-                    }
-                }
-    }
-};
-
-// The n-th pair of eight elements.
-__device__ inline unsigned word_of(const uint4 &words, int n) {
-    return n == 0 ? words.x : n == 1 ? words.y : n == 2 ? words.z : words.w;
-}
-
-// What the products q · k of keys are to start from, two keys each, in a shape that a product takes:
-// the mask bias in units of scale, and −inf of a dropped key.
-using Starts = float4[BLOCK / 2];
-
-// `by` is 1 / scale. A bias stays finite; one so low is beyond HUGE_LOGIT.
-__device__ inline void write_start(Starts &starts, int place, const KeyStream::Raw &raw,
-                                   float by) {
-    float *const at = reinterpret_cast<float *>(&starts[place / 2]) + place % 2;
-    float start = 0.0f;
-    if (MASK_BIAS) {
-        const float bias = to_float(raw.bias);
-        start = bias * by;
-        if (start < -1e38f && bias != -infinity()) start = -1e38f;
-    }
-    at[0] = at[2] = raw.mask != 0 ? start : -infinity();
-}
-
-// Whether that can be done with such a scale.
-__device__ inline bool can_start(float scale) { return scale > 1e-30f && scale < 1e30f; }
-
-// s_ij (rule EVO-2) of the KEYS keys from place `first` on. Of a dropped key it is −inf, unless what
-// its pair bias holds makes it NaN.
-template <int KEYS>
-__device__ inline void quick_logits(float (&s)[M_TILES][KEYS / 8][4], const Fragments &q,
-                                    const Row *k, const float4 *starts,
-                                    const PairBias<KEYS> &pair_bias, float scale) {
-    const Element *const rows = k[lane() % 8 + 8 * (lane() / 16)] + 8 * (lane() / 8 % 2);
-    starts += lane() % 4;
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n += 2) {
-        float start[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float4 x = starts[4 * (n + i)];
-            start[i][0] = x.x, start[i][1] = x.y, start[i][2] = x.z, start[i][3] = x.w;
-        }
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            unsigned words[4];
-            ldmatrix_x4(words, rows + 8 * n * PITCH + 16 * step);
-            const unsigned first[2] = {words[0], words[1]}, second[2] = {words[2], words[3]};
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) {
-                mma_m16n8k16<Element>(s[m][n], q[m][step], first, step == 0 ? start[0] : s[m][n]);
-                mma_m16n8k16<Element>(s[m][n + 1], q[m][step], second,
-                                      step == 0 ? start[1] : s[m][n + 1]);
-            }
-        }
-#pragma unroll
-        for (int i = n; i < n + 2; ++i)
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    float *const logit = &s[m][i][2 * half];
-                    float2 add = {0.0f, 0.0f};
-                    if (PAIR_BIAS) add = unpack(word_of(pair_bias.words[m][half][i / 4], i % 4));
-                    logit[0] = fmaf(logit[0], scale, add.x), logit[1] = fmaf(logit[1], scale, add.y);
-                }
-    }
-}
-
-// The same, −inf of a dropped key whatever k and the biases hold.
-template <int KEYS>
-__device__ inline void careful_logits(float (&s)[M_TILES][KEYS / 8][4], const Fragments &q,
-                                      const Row *k, const Keys &keys, int first,
-                                      const PairBias<KEYS> &pair_bias, float scale) {
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) s[m][n][e] = 0.0f;
-    multiply_over_channels(s, q, k);
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int place = first + 8 * n + 2 * (lane() % 4) + e % 2;
-            const float mask_bias = MASK_BIAS ? keys.bias[place] : 0.0f;
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) {
-                float2 add = {0.0f, 0.0f};
-                if (PAIR_BIAS) add = unpack(word_of(pair_bias.words[m][e / 2][n / 4], n % 4));
-                s[m][n][e] = keys.kept[place] == 0
-                                 ? -infinity()
-                                 : fmaf(s[m][n][e], scale, mask_bias) + (e % 2 == 0 ? add.x : add.y);
-            }
-        }
 }
 
 // --- Logits of the warp's queries ----------------------------------------------------------------
