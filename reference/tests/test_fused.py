@@ -1,5 +1,6 @@
-"""Bias and GeLU, and bias, dropout and residual: two references, and what each has to hold to."""
+"""The fused operations: two references, and what each has to hold to."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -157,3 +158,204 @@ def test_wrong_calls(library):
     ):
         with pytest.raises(raises, match=says):
             call()
+
+
+# --- The masked softmax ---------------------------------------------------------------------------
+
+SCORES = (2, 3, 7, 7)
+MASKS = {
+    "none": None,
+    "padding": (2, 1, 1, 7),
+    "of one item": (1, 1, 7, 7),
+    "of heads": (2, 3, 1, 7),
+    "full": (2, 3, 7, 7),
+}
+CAUSAL = [False, True]
+
+
+def mask_of(shape):
+    return None if shape is None else np.random.default_rng(5).random(shape) < 0.6
+
+
+def attended_in(shape, mask, causal):
+    """Key by key, in words."""
+    attended = np.zeros(shape, bool)
+    for b, h, q, k in np.ndindex(*shape):
+        spread = None if mask is None else np.broadcast_to(mask, shape)
+        attended[b, h, q, k] = (mask is None or spread[b, h, q, k]) and (not causal or k <= q)
+    return attended
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize("kind", MASKS)
+def test_softmax_and_its_gradient_are_pytorchs(kind, causal):
+    mask, scores, dout = mask_of(MASKS[kind]), drawn(*SCORES), drawn(*SCORES, seed=2)
+    attended = attended_in(SCORES, mask, causal)
+    keyless = ~attended.any(-1)
+    leaf = torch.from_numpy(scores).requires_grad_()
+    logits = (0.37 * leaf).masked_fill(torch.from_numpy(~attended), -torch.inf)
+    wanted = torch.softmax(logits, -1).masked_fill(torch.from_numpy(keyless)[..., None], 0)
+    found = oracle.masked_softmax(scores, mask=mask, causal=causal, scale=0.37)
+    np.testing.assert_allclose(found, wanted.detach(), rtol=1e-12, atol=0)
+    np.testing.assert_array_equal(found == 0, ~attended)
+
+    theirs = torch.from_numpy(mask) if mask is not None else None
+    ours = reference.masked_softmax(leaf, mask=theirs, causal=causal, scale=0.37)
+    np.testing.assert_allclose(found, ours.detach(), rtol=1e-12, atol=0)
+    (dscores,) = torch.autograd.grad(wanted, leaf, torch.from_numpy(dout))
+    dscores = torch.where(torch.from_numpy(keyless)[..., None], 0, dscores)  # PyTorch's is NaN
+    (mine,) = torch.autograd.grad(ours, leaf, torch.from_numpy(dout))
+    for each in (oracle.masked_softmax_backward(dout, found, scale=0.37), mine):
+        np.testing.assert_allclose(each, dscores, rtol=1e-9, atol=1e-14)
+        np.testing.assert_array_equal(each[~attended], 0)
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_softmax_is_differentiable_as_often_as_need_be(causal):
+    scores = torch.from_numpy(drawn(1, 2, 4, 4)).requires_grad_()
+    mask = torch.from_numpy(mask_of((1, 1, 4, 4)))
+    mask[..., 1, :] = False  # a query without a key
+
+    def function(x):
+        return reference.masked_softmax(x, mask=mask, causal=causal, scale=-1.3)
+
+    assert torch.autograd.gradcheck(function, scores)
+    assert torch.autograd.gradgradcheck(function, scores)
+
+
+def test_the_gradient_of_softmax_is_that_of_finite_differences():
+    scores, dout, step = drawn(1, 1, 2, 5), drawn(1, 1, 2, 5, seed=2), 1e-6
+    mask = np.array([True, False, True, True, True])[None, None, None]
+    call = {"mask": mask, "scale": 0.7}
+    found = oracle.masked_softmax_backward(dout, oracle.masked_softmax(scores, **call), scale=0.7)
+    for place in np.ndindex(*scores.shape):
+        moved = np.zeros_like(scores)
+        moved[place] = step
+        up, down = (oracle.masked_softmax(scores + sign * moved, **call) for sign in (1, -1))
+        np.testing.assert_allclose(
+            found[place], ((up - down) * dout).sum() / (2 * step), rtol=1e-6, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("library", [oracle, reference], ids=["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_softmax_of_each_dtype_is_rounded_once(library, dtype):
+    narrow = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    scores = (30 * drawn(*SCORES)).astype(narrow)
+    wanted = oracle.masked_softmax(scores.astype("f8"), causal=True, scale=3.0)
+    if library is oracle:
+        found = oracle.masked_softmax(scores, causal=True, scale=3.0)
+        assert found.dtype == scores.dtype
+    else:
+        given = torch.from_numpy(scores.astype("f4")).to(getattr(torch, dtype))
+        found = reference.masked_softmax(given, causal=True, scale=3.0)
+        assert found.dtype == given.dtype
+        found = found.float().numpy()
+    unit = 2.0**-15 if dtype == "float32" else ml_dtypes.finfo(narrow).eps
+    np.testing.assert_allclose(found.astype("f8"), wanted, rtol=unit, atol=2.0**-24)
+
+
+def both(scores, dout, mask, **call):
+    """Probabilities and gradient, by the oracle and by the other reference."""
+    p = oracle.masked_softmax(scores, mask=mask, **call)
+    yield p, oracle.masked_softmax_backward(dout, p)
+    leaf = torch.from_numpy(scores).requires_grad_()
+    theirs = torch.from_numpy(mask) if mask is not None else None
+    out = reference.masked_softmax(leaf, mask=theirs, **call)
+    (gradient,) = torch.autograd.grad(out, leaf, torch.from_numpy(dout))
+    yield out.detach().numpy(), gradient.numpy()
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e300])
+def test_what_is_not_attended_to_is_not_looked_at(garbage):
+    mask, scores, dout = mask_of((2, 3, 7, 7)), drawn(*SCORES), drawn(*SCORES, seed=2)
+    attended = attended_in(SCORES, mask, True)
+    clean = list(
+        both(np.where(attended, scores, 0), np.where(attended, dout, 0), mask, causal=True)
+    )
+    for found, wanted in zip(
+        both(
+            np.where(attended, scores, garbage),
+            np.where(attended, dout, garbage),
+            mask,
+            causal=True,
+        ),
+        clean,
+        strict=True,
+    ):
+        for each, right in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(each, right)
+
+
+@pytest.mark.parametrize("how", ["masked", "of minus infinity", "no key at all"])
+def test_a_query_without_a_key_is_zero_whatever_it_is_given(how):
+    keys = 0 if how == "no key at all" else 5
+    scores, dout = np.full((1, 2, 3, keys), -np.inf), np.full((1, 2, 3, keys), np.nan)
+    if how == "masked":
+        scores[...] = np.nan
+    mask = np.zeros((1, 1, 1, keys), bool) if how == "masked" else None
+    for p, gradient in both(scores, dout, mask):
+        np.testing.assert_array_equal(p, np.zeros((1, 2, 3, keys)))
+        np.testing.assert_array_equal(gradient, p)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_an_attended_score_that_is_no_number_makes_its_query_none(odd):
+    scores = drawn(1, 1, 2, 6)
+    scores[0, 0, 0, 2] = odd
+    scores[0, 0, 0, 3] = -np.inf
+    mask = np.ones((1, 1, 1, 6), bool)
+    mask[..., 5] = False
+    for p, gradient in both(scores, np.ones_like(scores), mask):
+        for each in (p, gradient):
+            np.testing.assert_array_equal(np.isnan(each[0, 0, 0]), [True] * 5 + [False])
+            assert np.isfinite(each[0, 0, 1]).all() and not each[..., 5].any()
+
+
+def test_a_score_of_minus_infinity_is_a_key_that_is_not_there():
+    scores = drawn(1, 1, 3, 6)
+    mask = mask_of((1, 1, 3, 6))
+    dout = drawn(1, 1, 3, 6, seed=2)
+    dropped = both(np.where(mask, scores, -np.inf), dout, None)
+    for found, wanted in zip(dropped, both(scores, dout, mask), strict=True):
+        for each, right in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(each, right)
+
+
+@pytest.mark.parametrize("library", [oracle, reference], ids=["numpy", "torch"])
+def test_wrong_calls_of_softmax(library):
+    def array(*shape, dtype="float32"):
+        made = np.zeros(shape, dtype)
+        return made if library is oracle else torch.from_numpy(made)
+
+    def mask(*shape):
+        return array(*shape, dtype="bool")
+
+    x = array(2, 3, 4, 5)
+    sizes = (
+        r"mask must be \[B or 1, H or 1, Q or 1, K\] with B=2, H=3, Q=4, K=5 of scores, got shape "
+    )
+    for wrong, raises, says in (
+        ({"scores": None}, TypeError, "scores must be an array"),
+        ({"scores": array(2, 3, 4, 5, dtype="int32")}, TypeError, "scores must be one of"),
+        ({"scores": array(3, 4, 5)}, ValueError, r"scores must have 4 axes \[B, H, Q, K\]"),
+        ({"mask": 1}, TypeError, "mask must be an array, got int"),
+        ({"mask": array(2, 1, 1, 5)}, TypeError, "mask must be bool, got float32"),
+        ({"mask": mask(5)}, ValueError, sizes + r"\(5,\)"),
+        ({"mask": mask(2, 2, 1, 5)}, ValueError, sizes + r"\(2, 2, 1, 5\)"),
+        ({"mask": mask(2, 1, 1, 1)}, ValueError, sizes + r"\(2, 1, 1, 1\)"),
+        ({"causal": 1}, TypeError, "causal must be a bool, got int"),
+        ({"causal": True}, ValueError, "as many queries as keys, got Q=4 and K=5: give a mask"),
+        ({"scale": None}, TypeError, "scale must be a real number, got NoneType"),
+        ({"scale": "half"}, TypeError, "scale must be a real number"),
+        ({"scale": np.inf}, ValueError, "scale must be finite"),
+    ):
+        call = {"scores": x} | wrong
+        with pytest.raises(raises, match=says):
+            library.masked_softmax(call.pop("scores"), **call)
+    for dout, raises, says in (
+        (array(2, 3, 4, 4), ValueError, r"dout must be of shape \(2, 3, 4, 5\) of probabilities"),
+        (array(2, 3, 4, 5, dtype="float64"), TypeError, "dout must be float32, the dtype of prob"),
+    ):
+        with pytest.raises(raises, match=says):
+            library.masked_softmax_backward(dout, x)

@@ -1,7 +1,9 @@
-"""The contract of bias and GeLU, and of bias, dropout and residual: which calls are right.
+"""The contract of the fused operations: which calls are right.
 
-Operands are activations ``[..., C]``, of any axes, and a number for each of C channels. All have
-one dtype and one device.
+Operands of bias and GeLU, and of bias, dropout and residual, are activations ``[..., C]``, of any
+axes, and a number for each of C channels. All have one dtype and one device. Those of the masked
+softmax are scores ``[B, H, Q, K]``, of B batch items, H heads, Q queries and K keys, and a mask of
+bool.
 
 Dropout is a function of a seed, so that it can be computed again, and tested. Of each element there
 is a draw from 0 to 65535, and those below 65536 p are dropped; the rest is multiplied by the
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from isoform.reference.contract import FLOAT_DTYPES, check_arrays, dtype_name
+from isoform.reference.contract import FLOAT_DTYPES, check_arrays, check_scale, dtype_name
 
 DRAWS = 65536
 """How many values a draw can have: probabilities are rounded to a multiple of 1/65536."""
@@ -85,3 +87,67 @@ def check_seed(seed: Any) -> None:
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must have 64 bits, got {seed}")
+
+
+SCORES = "B H Q K"
+"""The axes of scores and of probabilities."""
+
+
+def check_softmax(scores: Any, mask: Any, causal: bool, scale: float) -> None:
+    """Check a call of the masked softmax.
+
+    Args:
+        scores: ``[B, H, Q, K]``, a float dtype.
+        mask: None, or bool ``[B or 1, H or 1, Q or 1, K]``.
+        causal: Whether a query attends to no key after it. Where Q is not K that is ambiguous, as
+            in rule SEQ-2, and the mask has to say it.
+        scale: A finite real number.
+
+    Raises:
+        TypeError: An operand is no array or has the wrong dtype, or another argument's type is
+            wrong.
+        ValueError: An operand's shape or device is wrong, causal is ambiguous, or the scale is not
+            finite.
+    """
+    _check_scores("scores", scores)
+    if mask is not None:
+        check_arrays({"mask": mask})
+        if dtype_name(mask) != "bool":
+            raise TypeError(f"mask must be bool, got {dtype_name(mask)}")
+        sizes = tuple(scores.shape)
+        fits = len(mask.shape) == 4 and mask.shape[3] == sizes[3]
+        if not fits or any(m not in (1, n) for m, n in zip(mask.shape[:3], sizes, strict=False)):
+            B, H, Q, K = sizes
+            raise ValueError(
+                f"mask must be [B or 1, H or 1, Q or 1, K] with B={B}, H={H}, Q={Q}, K={K} of "
+                f"scores, got shape {tuple(mask.shape)}"
+            )
+        where, there = (str(getattr(x, "device", "cpu")) for x in (scores, mask))
+        if there != where:
+            raise ValueError(f"mask is on {there}, but scores is on {where}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    Q, K = scores.shape[2:]
+    if causal and Q != K:
+        raise ValueError(f"causal needs as many queries as keys, got Q={Q} and K={K}: give a mask")
+    _check_factor(scale)
+
+
+def check_softmax_backward(dout: Any, probabilities: Any, scale: float) -> None:
+    """Check a call of its backward, as :func:`check_softmax` does."""
+    _check_scores("probabilities", probabilities)
+    check_operands({"probabilities": probabilities, "dout": dout})
+    _check_factor(scale)
+
+
+def _check_scores(name: str, x: Any) -> None:
+    check_operands({name: x})
+    if len(x.shape) != 4:
+        axes = ", ".join(SCORES.split())
+        raise ValueError(f"{name} must have 4 axes [{axes}], got shape {tuple(x.shape)}")
+
+
+def _check_factor(scale: float) -> None:
+    if scale is None:
+        raise TypeError("scale must be a real number, got NoneType")
+    check_scale(scale)

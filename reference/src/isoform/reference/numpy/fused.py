@@ -1,4 +1,5 @@
-r"""Bias and GeLU, and bias, dropout and residual, defined: what stands between matrix products.
+r"""Bias and GeLU, bias, dropout and residual, and the masked softmax, defined: what stands between
+matrix products.
 
 With u = x + b, b the same for all tokens, the first is GeLU(u) = u Φ(u), Φ the normal distribution
 (Hendrycks and Gimpel, arXiv 1606.08415), of which there are two forms::
@@ -30,6 +31,26 @@ mixes the halves of the products with the other two and the key::
 Ten rounds make a counter's bits. Token n, all axes but the last taken as one, has for each eight
 channels from 8j on the counter (j, n mod 2³², ⌊n / 2³²⌋, 0), and its four words are eight draws of
 16 bits, the lower half of a word first. An element is dropped where its draw is below 65536 p.
+
+The masked softmax
+------------------
+Of a query's scores s, over the keys j that it attends to::
+
+    p_j = e^{scale·s_j − t} / Σ_i e^{scale·s_i − t}        t = max_i scale·s_i
+
+and p_j = 0 for all others. What t is makes no difference to p; with the maximum no exponential
+overflows, and one of them is 1, so that the sum is no less. Of a query that attends to no key, or
+whose every scale·s_j is −∞, all p_j are 0.
+
+Its derivative is ∂p_i/∂s_j = scale·p_j (δ_ij − p_i): a score raises its own probability, and lowers
+all by what that takes from them. So, given p̅, the gradient by p::
+
+    s̅_j = scale·p_j (p̅_j − D)        D = Σ_i p_i p̅_i
+
+D is one number for a query, and nothing but p is needed. Where p_j is 0 nothing passes back, and
+p̅_j is not looked at: a key that is not attended to is part of nothing, whatever its score or its
+p̅ holds. Among the keys that are, a NaN, or a scale·s that is +∞, makes the query's probabilities
+NaN, as the definition does.
 """
 
 from __future__ import annotations
@@ -48,6 +69,8 @@ from isoform.reference.fused_contract import (
     check_approximate,
     check_operands,
     check_seed,
+    check_softmax,
+    check_softmax_backward,
     threshold_of,
 )
 
@@ -187,6 +210,66 @@ def philox(counter: Any, seed: int) -> list[Array]:
         )
         keys = [key + more & 0xFFFFFFFF for key, more in zip(keys, INCREMENTS, strict=True)]
     return [c0, c1, c2, c3]
+
+
+def masked_softmax(
+    scores: Array, *, mask: Array | None = None, causal: bool = False, scale: float = 1.0
+) -> Array:
+    """Probabilities over the keys, of ``scale * scores``, in float64, rounded once.
+
+    Args:
+        scores: ``[B, H, Q, K]``, any float dtype.
+        mask: Bool ``[B or 1, H or 1, Q or 1, K]``, True where the query may attend to the key.
+        causal: Whether query i attends to keys j ≤ i only; Q has to be K.
+        scale: A finite real number.
+
+    Returns:
+        ``probabilities [B, H, Q, K]`` in the dtype of scores; 0 where a query does not attend, and
+        throughout where it has no key left.
+
+    Raises:
+        TypeError: An operand's dtype, or the type of another argument, is wrong.
+        ValueError: An operand's shape or the scale is wrong, or causal is, as Q is not K.
+    """
+    check_softmax(scores, mask, causal, scale)
+    attended = attended_to(scores.shape, mask, causal)
+    with np.errstate(invalid="ignore"):  # of infinite scores
+        logits = np.where(attended, float(scale) * _wide(scores), -np.inf)
+        top = logits.max(-1, keepdims=True, initial=-np.inf)
+        e = np.exp(logits - np.where(top == -np.inf, 0, top))
+        total = e.sum(-1, keepdims=True)
+        p = e / np.where(total == 0, 1, total)
+    return np.where(attended, p, 0).astype(scores.dtype)
+
+
+def masked_softmax_backward(dout: Array, probabilities: Array, *, scale: float = 1.0) -> Array:
+    """Gradient of :func:`masked_softmax` by the scores, given that of its output.
+
+    Args:
+        dout: Gradient of the loss by ``probabilities``, ``[B, H, Q, K]``.
+        probabilities: What the forward returned.
+        scale: As in the forward.
+
+    Returns:
+        ``dscores [B, H, Q, K]``; exactly 0 where a probability is, whatever ``dout`` holds there.
+
+    Raises:
+        TypeError, ValueError: As in the forward.
+    """
+    check_softmax_backward(dout, probabilities, scale)
+    p = _wide(probabilities)
+    passes = p != 0
+    dp = np.where(passes, _wide(dout), 0)
+    with np.errstate(invalid="ignore"):  # of infinite gradients
+        D = (p * dp).sum(-1, keepdims=True)
+        ds = np.where(passes, float(scale) * p * (dp - D), 0)
+    return ds.astype(probabilities.dtype)
+
+
+def attended_to(shape: tuple[int, ...], mask: Array | None, causal: bool) -> Array:
+    """Which keys each query attends to: bool, of a shape that broadcasts to ``[B, H, Q, K]``."""
+    attended = np.ones((1, 1, 1, 1), bool) if mask is None else mask
+    return attended & np.tri(*shape[2:], dtype=np.bool_) if causal else attended
 
 
 def _dropped(u: Array, p: float, seed: int) -> Array:

@@ -1,5 +1,6 @@
-"""Bias and GeLU, and bias, dropout and residual, in PyTorch: :mod:`isoform.reference.numpy.fused`
-once more, differentiable by autograd as often as need be, on any device.
+"""Bias and GeLU, bias, dropout and residual, and the masked softmax, in PyTorch:
+:mod:`isoform.reference.numpy.fused` once more, differentiable by autograd as often as need be, on
+any device.
 
 float16 and bfloat16 operands are lifted to float32, and results rounded once. What is dropped is a
 function of the seed, the same as there, bit by bit.
@@ -8,6 +9,7 @@ function of the seed, the same as there, bit by bit.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from isoform.reference.fused_contract import (
     check_approximate,
     check_operands,
     check_seed,
+    check_softmax,
+    check_softmax_backward,
     threshold_of,
 )
 
@@ -103,6 +107,83 @@ def philox(counter: tuple[Tensor, ...], seed: int) -> list[Tensor]:
         )
         keys = [key + more & LOW for key, more in zip(keys, INCREMENTS, strict=True)]
     return [c0, c1, c2, c3]
+
+
+def masked_softmax(
+    scores: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0
+) -> Tensor:
+    """Probabilities over the keys, of ``scale * scores``.
+
+    Args:
+        scores: ``[B, H, Q, K]``, any float dtype.
+        mask: Bool ``[B or 1, H or 1, Q or 1, K]``, True where the query may attend to the key.
+        causal: Whether query i attends to keys j ≤ i only; Q has to be K.
+        scale: A finite real number.
+
+    Returns:
+        ``probabilities [B, H, Q, K]`` in the dtype of scores; 0 where a query does not attend, and
+        throughout where it has no key left.
+
+    Raises:
+        TypeError: An operand's dtype, or the type of another argument, is wrong.
+        ValueError: An operand's shape or device or the scale is wrong, or causal is, as Q is not K.
+    """
+    check_softmax(scores, mask, causal, scale)
+    attended = scores.new_ones((1, 1, 1, 1), dtype=torch.bool) if mask is None else mask
+    if causal:
+        attended = attended & attended.new_ones(scores.shape[2:]).tril()
+    applied = _MaskedSoftmax.apply(scores, attended, float(scale))  # type: ignore[no-untyped-call]
+    found: Tensor = applied
+    return found
+
+
+def masked_softmax_backward(dout: Tensor, probabilities: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Gradient of :func:`masked_softmax` by the scores, given that of its output.
+
+    Args:
+        dout: Gradient of the loss by ``probabilities``, ``[B, H, Q, K]``.
+        probabilities: What the forward returned.
+        scale: As in the forward.
+
+    Returns:
+        ``dscores [B, H, Q, K]``; exactly 0 where a probability is, whatever ``dout`` holds there.
+
+    Raises:
+        TypeError, ValueError: As in the forward.
+    """
+    check_softmax_backward(dout, probabilities, scale)
+    p = _wide(probabilities)
+    passes = p != 0
+    dp = torch.where(passes, _wide(dout), 0)
+    D = (p * dp).sum(-1, keepdim=True)
+    return torch.where(passes, float(scale) * p * (dp - D), 0).to(probabilities.dtype)
+
+
+class _MaskedSoftmax(torch.autograd.Function):
+    """Autograd's own derivative would look at gradients of what is not attended to, and keep more
+    than the probabilities.
+    """
+
+    @staticmethod
+    def forward(scores: Tensor, attended: Tensor, scale: float) -> Tensor:
+        logits = torch.where(attended, scale * _wide(scores), -math.inf)
+        if not logits.shape[-1]:  # there is no maximum of nothing
+            return scores.clone()
+        top = logits.amax(-1, keepdim=True)
+        e = torch.exp(logits - torch.where(top == -math.inf, 0, top))
+        total = e.sum(-1, keepdim=True)
+        p = e / torch.where(total == 0, 1, total)
+        return torch.where(attended, p, 0).to(scores.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.scale = inputs
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (probabilities,) = ctx.saved_tensors
+        return masked_softmax_backward(dout, probabilities, scale=ctx.scale), None, None
 
 
 def _wide(x: Tensor) -> Tensor:
