@@ -54,6 +54,12 @@ LENT = {
     fused.our_bias_dropout_residual: lambda *operands: reference.bias_dropout_residual(
         *operands, fused.DROPPED, seed=3
     ),
+    fused.our_causal_softmax: lambda scores, _: reference.masked_softmax(
+        scores, causal=True, scale=fused.SCALE
+    ),
+    fused.our_padded_softmax: lambda scores, attended: reference.masked_softmax(
+        scores, mask=attended, scale=fused.SCALE
+    ),
 }
 """What a processor has for our kernels."""
 
@@ -95,7 +101,7 @@ def test_every_competitor_computes_the_same(processor, name):
     by_name = {one.competitor: one for one in ran}
     compiled = TUNED if BY_NAME[name].tuned else COMPILED
     assert {ELEMENTARY, compiled, COPY} <= set(by_name)
-    assert (OURS in by_name) == ("bias" in name)
+    assert (OURS in by_name) == ("bias" in name or "softmax" in name)
     assert {one.competitor for one in ran if one.ours} == {OURS} & set(by_name)
     assert (LIBRARY in by_name) == ("norm" in name)
     for one in ran:
@@ -139,11 +145,11 @@ def test_a_dropout_is_held_to_what_it_dropped(processor):
 def test_a_softmax_looks_at_nothing_that_is_masked(processor):
     for name in ("softmax-causal-4096", "softmax-padding-4096"):
         operands = fused.Operands.draw(small(BY_NAME[name]))
-        (masked,) = operands.others
-        weights = fused.masked_softmax(*operands.leaves, masked)
-        assert not weights[masked.expand_as(weights)].any()
+        (attended,) = operands.others
+        weights = fused.masked_softmax(*operands.leaves, attended)
+        assert not weights[~attended.expand_as(weights)].any()
         assert torch.allclose(weights.float().sum(-1), torch.ones(()), atol=0.02)
-    assert masked.float().mean() == 3 / 24  # an eighth is padding
+    assert attended.float().mean() == 21 / 24  # an eighth is padding
 
 
 # --- What follows ---------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""On a GPU: bias and GeLU, and bias, dropout and residual, against the reference.
+"""On a GPU: bias and GeLU, bias, dropout and residual, and the masked softmax, against the
+reference.
 
 Skipped where there is no GPU, unless ISOFORM_REQUIRE_GPU is set: then having none is an error.
 """
@@ -7,7 +8,7 @@ import os
 
 import pytest
 
-from isoform.kernels import bias_dropout_residual, bias_gelu
+from isoform.kernels import bias_dropout_residual, bias_gelu, masked_softmax
 from isoform.reference.numpy import fused as oracle
 
 torch = pytest.importorskip("torch")
@@ -136,6 +137,11 @@ def test_opcheck():
     x, bias = x.detach(), bias.detach()
     torch.library.opcheck(fused_torch.gelu_backward, (dout, x, bias, False))
     torch.library.opcheck(fused_torch.dropout_backward, (dout, seed, 6554))
+    scores = torch.randn(2, 3, 8, 8, device="cuda", requires_grad=True)
+    mask = torch.rand(2, 1, 1, 8, device="cuda") < 0.5
+    torch.library.opcheck(fused_torch.softmax_forward, (scores, mask, True, 0.3))
+    scores = scores.detach()
+    torch.library.opcheck(fused_torch.softmax_backward, (scores.flip(0), scores, True, 0.3))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -183,3 +189,165 @@ def test_offsets_beyond_32_bits():
     bias = torch.zeros(columns, device="cuda", dtype=torch.bfloat16)
     out = bias_gelu(x, bias)
     assert torch.equal(out[-1:], bias_gelu(x[-1:], bias)) and not out[:-1].any()
+
+
+# --- The masked softmax ---------------------------------------------------------------------------
+
+SCORES = [
+    (2, 3, 5, 64),
+    (1, 2, 130, 130),
+    (2, 1, 7, 1000),
+    (1, 2, 3, 1029),  # a number at a time, by several warps
+    (1, 2, 4, 4096),
+    (1, 1, 3, 16384),  # the most that a block holds
+    (1, 1, 3, 40_000),  # read twice
+    (1, 1, 2, 16_387),
+    (3, 2, 1, 1),
+    (2, 0, 3, 8),
+    (2, 1, 3, 0),
+]
+
+
+def scores_and_dout(shape, dtype):
+    generator = torch.Generator("cuda").manual_seed(1)
+    drawn = (torch.randn(shape, generator=generator, device="cuda") for _ in range(2))
+    scores, dout = ((3 * x).to(dtype) for x in drawn)
+    return scores.requires_grad_(), dout
+
+
+def assert_softmax(shape, dtype, mask, causal=False):
+    """The gradient is held to the probabilities that it is computed from."""
+    scores, dout = scores_and_dout(shape, dtype)
+    out = masked_softmax(scores, mask=mask, causal=causal, scale=0.7)
+    (found,) = torch.autograd.grad(out, scores, dout)
+    theirs = None if mask is None else mask.cpu().numpy()
+    p = oracle.masked_softmax(*doubled(scores), mask=theirs, causal=causal, scale=0.7)
+    eps = max(torch.finfo(dtype).eps, 2.0**-16)
+    least = 2.0**-24 if dtype == torch.float16 else 1e-12
+    held, wanted = out.detach().double().cpu(), torch.from_numpy(p)
+    torch.testing.assert_close(held, wanted, rtol=eps, atol=least)
+    assert not held[wanted == 0].any()
+    gradient = torch.from_numpy(oracle.masked_softmax_backward(*doubled(dout, out), scale=0.7))
+    dp = dout.double().cpu().abs()
+    terms = held * (dp + (held * dp).sum(-1, keepdim=True))  # of a difference that may cancel
+    difference = (found.double().cpu() - gradient).abs()
+    assert (difference <= eps * gradient.abs() + 2.0**-20 * terms + least).all()
+    assert not found.cpu()[wanted == 0].any()
+
+
+@pytest.mark.parametrize("masked", ["", "B11K", "1HQK"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SCORES, ids=str)
+def test_softmax_and_its_gradient(shape, dtype, masked):
+    sizes = dict(zip("BHQK", shape, strict=True)) | {"1": 1}
+    mask = None
+    if masked:
+        generator = torch.Generator("cuda").manual_seed(2)
+        of = [sizes[axis] for axis in masked]
+        mask = torch.rand(of, generator=generator, device="cuda") < 0.6
+        mask[-1:, :, -1:] = False  # queries without a key
+    assert_softmax(shape, dtype, mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("length", [1, 37, 64, 1000, 2056])
+def test_causal_softmax_and_its_gradient(length, dtype, masked):
+    mask = torch.rand(2, 1, 1, length, device="cuda") < 0.6 if masked else None
+    assert_softmax((2, 2, length, length), dtype, mask, causal=True)
+
+
+def test_causal_softmax_of_long_rows():
+    """Their first and their last, of a matrix too large for the oracle."""
+    length = 16392
+    scores = torch.randn(1, 1, length, length, device="cuda", dtype=torch.bfloat16)
+    out = masked_softmax(scores, causal=True)
+    wanted = scores.float().masked_fill_(
+        ~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf
+    )
+    wanted = torch.softmax(wanted, -1).to(torch.bfloat16)
+    torch.testing.assert_close(out, wanted, rtol=2**-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("keys", [200, 4096, 20_000])
+def test_softmax_looks_at_nothing_that_is_not_attended_to(keys):
+    scores, dout = scores_and_dout((2, 2, 3, keys), torch.bfloat16)
+    mask = torch.rand(2, 1, 1, keys, device="cuda") < 0.6
+    dropped = ~mask.expand_as(scores)
+    found = []
+    for garbage in (0.0, torch.nan, torch.inf):
+        x = scores.detach().masked_fill(dropped, garbage).requires_grad_()
+        out = masked_softmax(x, mask=mask)
+        out.backward(dout.masked_fill(dropped, garbage))
+        assert not out[dropped].any() and not x.grad[dropped].any()
+        found.append((out, x.grad))
+    for each in found[1:]:
+        assert all(map(torch.equal, each, found[0]))
+    x = scores.detach().clone()
+    x[0, 0, 0, 7], x[0, 0, 1] = torch.nan, -torch.inf
+    mask[0, ..., 7] = True
+    out = masked_softmax(x, mask=mask)
+    assert torch.equal(out[0, 0, 0].isnan(), mask[0, 0, 0]) and not out[0, 0, 1].any()
+    assert not out[0, 1].isnan().any()
+
+
+def test_scores_and_masks_that_lie_oddly():
+    x, mask = (
+        torch.randn(2, 3, 40, 96, device="cuda"),
+        torch.rand(2, 3, 40, 96, device="cuda") < 0.5,
+    )
+    x = x.bfloat16()
+    wanted = masked_softmax(x, mask=mask)
+    wide = torch.full((2, 3, 40, 200), torch.nan, device="cuda", dtype=torch.bfloat16)
+    for part in (wide[..., :96], wide[..., 3:99], wide[..., 1:193:2]):
+        part.copy_(x)
+        assert torch.equal(masked_softmax(part, mask=mask), wanted)
+    for each in (mask.transpose(0, 1).contiguous().transpose(0, 1), mask.mT.contiguous().mT):
+        assert torch.equal(masked_softmax(x, mask=each), wanted)
+    bytes_apart = torch.zeros(2, 3, 40, 99, device="cuda", dtype=torch.bool)
+    bytes_apart[..., 1:97] = mask
+    assert torch.equal(masked_softmax(x, mask=bytes_apart[..., 1:97]), wanted)
+
+
+def test_equal_softmaxes_give_equal_bits():
+    for keys in (300, 8192, 40_000):
+        scores, dout = scores_and_dout((1, 4, 50, keys), torch.float32)
+        first, second = (
+            torch.autograd.grad(masked_softmax(scores), scores, dout)[0] for _ in range(2)
+        )
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_softmax_compiles_in_one_graph(backend):
+    def model(scores, mask):
+        return 2 * masked_softmax(scores, mask=mask, causal=True, scale=0.3)
+
+    torch._dynamo.reset()
+    scores, dout = scores_and_dout((2, 3, 24, 24), torch.float32)
+    mask = torch.rand(2, 1, 1, 24, device="cuda") < 0.6
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    found, wanted = (function(scores, mask) for function in (compiled, model))
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(each, scores, dout)[0] for each in (found, wanted)))
+
+
+def test_of_a_softmax_the_result_alone_is_held():
+    scores, _ = scores_and_dout((1, 8, 1024, 1024), torch.bfloat16)
+    mask = torch.rand(1, 1, 1, 1024, device="cuda") < 0.6
+    masked_softmax(scores, mask=mask)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = masked_softmax(scores, mask=mask)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= out.numel() * out.element_size() + 1024
+
+
+def test_softmax_beyond_32_bits():
+    """The last rows of scores of 2³² + … numbers."""
+    scores = torch.zeros(1, 2, 2**18 + 1, 8192, device="cuda", dtype=torch.bfloat16)
+    scores[:, :, -1] = torch.randn(8192, device="cuda")
+    out = masked_softmax(scores)
+    assert torch.equal(out[:, :, -1:], masked_softmax(scores[:, :, -1:]))
+    assert (out[:, :, :-1] == 2.0**-13).all()

@@ -25,6 +25,8 @@ from isoform.kernels import (  # noqa: E402
     fused,
     fused_launch,
     fused_torch,
+    masked_softmax,
+    softmax_launch,
 )
 from isoform.kernels.launch import Told  # noqa: E402
 from isoform.reference.contract import Unsupported  # noqa: E402
@@ -66,6 +68,17 @@ def _(dout, seed, threshold):
     return dx, dx.flatten(0, -2).sum(0)
 
 
+@torch.library.impl("isoform::masked_softmax", "CPU")
+def _(scores, mask, causal, scale):
+    return reference.masked_softmax(scores, mask=mask, causal=causal, scale=scale).contiguous()
+
+
+@torch.library.impl("isoform::masked_softmax_backward", "CPU")
+def _(dout, probabilities, causal, scale):
+    found = reference.masked_softmax_backward(dout, probabilities, scale=scale)
+    return found.contiguous()
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A CPU counts as a GPU."""
@@ -84,6 +97,14 @@ def operands(requires_grad=True, dtype=torch.float32):
 SEED = torch.tensor([-5])
 
 
+def scores_and_mask(requires_grad=True, dtype=torch.float32, of=(2, 3, 1, 24)):
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(2, 3, 24, 24, generator=generator, dtype=dtype)
+    mask = torch.rand(of, generator=generator) < 0.6
+    mask[1, ..., :20] = False  # so that with a causal mask there are queries without a key
+    return scores.requires_grad_(requires_grad), mask
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad):
     x, bias, residual = operands(requires_grad)
@@ -92,6 +113,11 @@ def test_opcheck(requires_grad):
     x, bias, dout = operands(requires_grad=False)
     torch.library.opcheck(fused_torch.gelu_backward, (dout, x, bias, False))
     torch.library.opcheck(fused_torch.dropout_backward, (dout, SEED, 6554))
+    scores, mask = scores_and_mask(requires_grad)
+    for masks in ((mask, False), (None, True)):
+        torch.library.opcheck(fused_torch.softmax_forward, (scores, *masks, 0.3))
+    scores, _ = scores_and_mask(requires_grad=False)
+    torch.library.opcheck(fused_torch.softmax_backward, (scores.flip(0), scores, True, 0.3))
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -115,6 +141,38 @@ def test_dropout_and_its_gradients_are_the_references(gpu):
     for seed in (7, torch.tensor(7)):
         assert torch.equal(bias_dropout_residual(*leaves, 0.1, seed=seed), wanted)
     assert torch.equal(bias_dropout_residual(*leaves, 0.0), sum(leaves))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_softmax_and_its_gradient_are_the_references(gpu, masked, causal):
+    scores, mask = scores_and_mask(dtype=torch.float64)
+    mask = mask if masked else None
+    of_one = scores.detach()[:, :1, :3, :3].requires_grad_()
+    its_mask = mask[:, :1, :, :3] if masked else None
+    torch.autograd.gradcheck(
+        lambda x: fused_torch.masked_softmax(x, its_mask, causal, -0.3), of_one
+    )
+    scores, _ = scores_and_mask()
+    call = {"mask": mask, "causal": causal, "scale": 0.3}
+    out, wanted = masked_softmax(scores, **call), reference.masked_softmax(scores, **call)
+    assert torch.equal(out, wanted)
+    dout = scores.detach().flip(0)
+    found = [torch.autograd.grad(each, scores, dout)[0] for each in (out, wanted)]
+    assert torch.equal(*found)
+
+
+def test_of_a_softmax_the_result_alone_is_kept(gpu):
+    scores, mask = scores_and_mask()
+    kept = []
+
+    def pack(x):
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = masked_softmax(scores, mask=mask)
+    assert len(kept) == 1 and kept[0].data_ptr() == out.data_ptr()
 
 
 def test_seeds_of_64_bits_with_and_without_sign(gpu):
@@ -174,11 +232,30 @@ def test_it_compiles_in_one_graph(gpu):
     torch.testing.assert_close(first, 2 * (residual + 2 * kept * (gelu + leaves[1])))
 
 
+def test_a_softmax_compiles_in_one_graph(gpu):
+    torch._dynamo.reset()
+    scores, mask = scores_and_mask()
+
+    def model(scores, mask):
+        return 2 * masked_softmax(scores, mask=mask, causal=True, scale=0.3)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, wanted = (function(scores, mask) for function in (compiled, model))
+    assert torch.equal(found, wanted)
+    dout = scores.detach().flip(0)
+    assert torch.equal(*(torch.autograd.grad(each, scores, dout)[0] for each in (found, wanted)))
+
+
 def test_it_is_not_differentiated_twice(gpu):
     x, bias, residual = operands()
-    for out in (bias_gelu(x, bias), bias_dropout_residual(x, bias, residual, 0.5)):
+    scores, mask = scores_and_mask()
+    for out, leaf in (
+        (bias_gelu(x, bias), x),
+        (bias_dropout_residual(x, bias, residual, 0.5), x),
+        (masked_softmax(scores, mask=mask), scores),
+    ):
         dout = torch.ones_like(out, requires_grad=True)
-        (dx,) = torch.autograd.grad(out, x, dout, create_graph=True)
+        (dx,) = torch.autograd.grad(out, leaf, dout, create_graph=True)
         with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
             dx.sum().backward()
 
@@ -217,6 +294,7 @@ def emulated(monkeypatch):
         return known[key]
 
     monkeypatch.setattr(fused_launch, "kept", kept)
+    monkeypatch.setattr(softmax_launch, "kept", kept)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     return known
@@ -254,6 +332,22 @@ def test_what_is_launched_is_the_reference(emulated, how):
             torch.testing.assert_close(
                 found.double(), torch.from_numpy(right), rtol=1e-2, atol=1e-2
             )
+
+
+@pytest.mark.parametrize("of", [(2, 3, 24, 24), (2, 1, 1, 24), (1, 1, 24, 24), (1, 3, 1, 24)])
+@pytest.mark.parametrize("how", ["plainly", "apart", "swapped"])
+def test_what_is_launched_of_a_softmax_is_the_reference(emulated, how, of):
+    scores, mask = scores_and_mask(requires_grad=False, dtype=torch.bfloat16, of=(2, 3, 24, 24))
+    mask = mask[: of[0], : of[1], : of[2]]
+    dout = scores.flip(0)
+    moved = [lying_oddly(x, how) for x in (scores, dout)]
+    for each in (mask, lying_oddly(mask, how), mask.mT.contiguous().mT):
+        out = fused_torch._softmax(moved[0], each, True, 0.3)
+        wanted = reference.masked_softmax(scores, mask=mask, causal=True, scale=0.3)
+        torch.testing.assert_close(out, wanted)
+        found = fused_torch._softmax_backward(moved[1], out, True, 0.3)
+        wanted = reference.masked_softmax_backward(dout, out, scale=0.3)
+        torch.testing.assert_close(found, wanted)
 
 
 # --- How operands lie -----------------------------------------------------------------------------
@@ -298,6 +392,11 @@ def test_every_reason_is_given():
         device, dtype = raised.value.reasons
         assert device.startswith("device cpu (cuda only): move the operands to a GPU")
         assert dtype.startswith("dtype float64 (bfloat16, float16, float32 only)")
+    with pytest.raises(Unsupported) as raised:
+        masked_softmax(x[None], scale=1e39)
+    scale, device, dtype = raised.value.reasons
+    assert scale.startswith("scale 1e+39 (of float32 only)")
+    assert device.startswith("device cpu (cuda only)") and dtype.startswith("dtype float64")
     with pytest.raises(Unsupported, match="tensors of PyTorch's only"):
         bias_gelu(np.zeros((2, 8), "f4"), np.zeros(8, "f4"))
 
@@ -325,3 +424,17 @@ def test_a_wrong_call_is_wrong_before_it_is_unsupported():
         call = {"x": x, "bias": bias, "residual": residual, "p": 0.1} | wrong
         with pytest.raises(raises, match=says):
             bias_dropout_residual(**call)
+    scores, mask = scores_and_mask()
+    elsewhere = torch.empty(2, 1, 1, 24, dtype=torch.bool, device="meta")
+    for wrong, raises, says in (
+        ({"scores": scores[0]}, ValueError, r"scores must have 4 axes \[B, H, Q, K\]"),
+        ({"mask": mask.float()}, TypeError, "mask must be bool, got float32"),
+        ({"mask": mask[..., 1:]}, ValueError, r"mask must be \[B or 1, .* with B=2, .* K=24"),
+        ({"mask": elsewhere}, ValueError, "mask is on meta, but scores is on cpu"),
+        ({"scores": scores[..., 1:], "mask": None}, ValueError, "got Q=24 and K=23: give a mask"),
+        ({"causal": None}, TypeError, "causal must be a bool"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite"),
+    ):
+        call = {"scores": scores, "mask": mask, "causal": True} | wrong
+        with pytest.raises(raises, match=says):
+            masked_softmax(call.pop("scores"), **call)

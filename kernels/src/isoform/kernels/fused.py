@@ -1,4 +1,5 @@
-"""Bias and GeLU, and bias, dropout and residual, on an NVIDIA GPU: the front door.
+"""Bias and GeLU, bias, dropout and residual, and the masked softmax, on an NVIDIA GPU: the front
+door.
 
 For PyTorch's CUDA tensors: differentiable once, and under ``torch.compile``. The functions are
 those of ``isoform.reference.torch.fused``, and what is dropped is the same, bit by bit.
@@ -6,7 +7,7 @@ those of ``isoform.reference.torch.fused``, and what is dropped is the same, bit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from isoform.kernels.choice import REMEDIES
@@ -17,8 +18,12 @@ from isoform.reference.fused_contract import (
     check_approximate,
     check_operands,
     check_seed,
+    check_softmax,
     threshold_of,
 )
+
+MOST_SCALE = (2 - 2.0**-23) * 2.0**127
+"""The largest number of float32."""
 
 
 def bias_gelu(x: Any, bias: Any, *, approximate: str = "tanh") -> Any:
@@ -43,7 +48,7 @@ def bias_gelu(x: Any, bias: Any, *, approximate: str = "tanh") -> Any:
     operands = {"x": x, "bias": bias}
     check_operands(operands)
     check_approximate(approximate)
-    _require(operands)
+    _require(x)
     from isoform.kernels import fused_torch
 
     return fused_torch.bias_gelu(x, bias, approximate == "tanh")
@@ -90,10 +95,48 @@ def bias_dropout_residual(
         check_seed(seed)
     elif seed is not None:
         _check_seed_tensor(seed, x)
-    _require(operands)
+    _require(x)
     from isoform.kernels import fused_torch
 
     return fused_torch.bias_dropout_residual(x, bias, residual, threshold, seed, generator)
+
+
+def masked_softmax(
+    scores: Any, *, mask: Any = None, causal: bool = False, scale: float = 1.0
+) -> Any:
+    """Probabilities over the keys, of ``scale * scores``; forward and backward read and write each
+    array once, and nothing is read that a causal mask leaves out.
+
+    Rows too long for a block to hold are read twice: those of more than 16384 keys, and of more
+    than 4096 if they do not start on 8 bytes.
+
+    Args:
+        scores: ``[B, H, Q, K]``, float32, float16 or bfloat16, a PyTorch tensor on a GPU. Rows that
+            lie evenly apart, each contiguous, are read as they lie; what lies otherwise is copied
+            first.
+        mask: Bool ``[B or 1, H or 1, Q or 1, K]`` on the device of scores, True where the query may
+            attend to the key. What is given once for all is read so, and never expanded.
+        causal: Whether query i attends to keys j ≤ i only; Q has to be K.
+        scale: A finite real number.
+
+    Returns:
+        ``probabilities [B, H, Q, K]`` in the dtype of scores, contiguous; 0 where a query does not
+        attend, and throughout where it has no key left, or every ``scale * scores`` is −inf. What
+        is not attended to is not looked at, nor is its gradient; where a query attends to NaN, or
+        to +inf, its probabilities are NaN. All that is kept for the backward is the result.
+
+    Raises:
+        TypeError: An operand's dtype, or the type of another argument, is wrong.
+        ValueError: An operand's shape or device or the scale is wrong, or causal is, as Q is not K.
+        Unsupported: As in :func:`bias_gelu`, or float32 does not hold the scale.
+        isoform.kernels.compiler.CompilerUnavailable: Kernels cannot be compiled on this machine.
+    """
+    check_softmax(scores, mask, causal, scale)
+    scale = float(scale)
+    _require(scores, [f"scale {scale} (of float32 only)"] if abs(scale) > MOST_SCALE else ())
+    from isoform.kernels import fused_torch
+
+    return fused_torch.masked_softmax(scores, mask, causal, scale)
 
 
 def _check_seed_tensor(seed: Any, x: Any) -> None:
@@ -107,10 +150,14 @@ def _check_seed_tensor(seed: Any, x: Any) -> None:
         raise ValueError(f"seed is on {seed.device}, but x is on {x.device}")
 
 
-def _require(operands: Mapping[str, Any]) -> None:
-    """Raise :class:`Unsupported` with every reason why the kernels cannot do this."""
-    x = operands["x"]
-    reasons = []
+def _require(x: Any, others: Iterable[str] = ()) -> None:
+    """Raise :class:`Unsupported` with every reason why the kernels cannot do this, if there is any.
+
+    Args:
+        x: The first operand.
+        others: Reasons of the operation's own.
+    """
+    reasons = [*others]
     device, _ = whereabouts(x)
     if device != "cuda":
         what = f"device {device}"

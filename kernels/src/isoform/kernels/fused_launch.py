@@ -8,7 +8,7 @@ elsewhere, as the emulator does, decides alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,9 +135,14 @@ def told(function: Function, arrays: Mapping[str, Lying]) -> Told:
     return Told(Work(() if nothing else tuple(launches), scratch), packed, places)
 
 
-def width_of(arrays: Mapping[str, Lying]) -> int:
-    """How many elements are read at a time: as many as divide every row and where it starts."""
-    matrices = [array for name, array in arrays.items() if name in MATRICES]
+def width_of(arrays: Mapping[str, Lying], named: Collection[str] = MATRICES) -> int:
+    """How many elements are read at a time: as many as divide every row and where it starts.
+
+    Args:
+        arrays: By name; besides the matrices only ``bias`` is looked at.
+        named: The names of the matrices.
+    """
+    matrices = [array for name, array in arrays.items() if name in named]
     (size,) = {4 if x.dtype == "float32" else 2 for x in matrices}
     starts = [*matrices, *(arrays[name] for name in ("bias",) if name in arrays)]
     if any(x.pointer % size for x in starts):

@@ -1,20 +1,23 @@
-"""Bias and GeLU, and bias, dropout and residual, as operations of PyTorch's: autograd,
-``torch.compile``, fake tensors, export.
+"""Bias and GeLU, bias, dropout and residual, and the masked softmax, as operations of PyTorch's:
+autograd, ``torch.compile``, fake tensors, export.
 
-Both run on PyTorch's current stream of the operands' device. The seed of what is dropped is a
+All run on PyTorch's current stream of the operands' device. The seed of what is dropped is a
 tensor there: it is drawn without waiting for the GPU, anew in each call of a compiled graph and in
 each replay of a captured one, and kept for the backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from isoform.kernels import softmax_launch
 from isoform.kernels.fused_launch import MATRICES, Function, dropout, gelu, launch
 from isoform.kernels.rotary_launch import Lying
+from isoform.kernels.softmax_launch import Softmax
 from isoform.kernels.torch_library import LIBRARY, operation
 from isoform.reference.contract import dtype_name
 
@@ -44,6 +47,12 @@ def bias_dropout_residual(
     return found
 
 
+def masked_softmax(scores: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Probabilities over the keys, of ``scale * scores``."""
+    found: Tensor = softmax_forward(scores, mask, causal, scale)
+    return found
+
+
 # --- Launches -------------------------------------------------------------------------------------
 
 
@@ -51,21 +60,36 @@ def _launch(function: Function, **tensors: Tensor) -> None:
     lying = {
         name: _as_matrix(t) if name in MATRICES else t.contiguous() for name, t in tensors.items()
     }
-    arrays = {
-        name: Lying(t.data_ptr(), tuple(t.shape), t.stride(), dtype_name(t))
-        for name, t in lying.items()
-    }
+    arrays = {name: _lying(t) for name, t in lying.items()}
     out = tensors["out"]
-    device = out.device.index
     parts: list[Tensor] = []  # kept, as copies in `lying` are, until all is queued on the stream
 
     def scratch(floats: int) -> int:
         parts.append(out.new_empty(floats, dtype=torch.float32))
         return parts[-1].data_ptr()
 
+    _on_stream(out, lambda where: launch(function, arrays, scratch, where))
+
+
+def _launch_softmax(softmax: Softmax, mask: Tensor | None = None, **tensors: Tensor) -> None:
+    out = tensors["out"]
+    lying = {name: _as_matrix(t) for name, t in tensors.items()}
+    if mask is not None:
+        adjacent = mask if mask.shape[-1] <= 1 or mask.stride(-1) == 1 else mask.contiguous()
+        lying["mask"] = adjacent.expand(out.shape)  # a view, of one row for many where it is one
+    arrays = {name: _lying(t) for name, t in lying.items()}
+    _on_stream(out, lambda where: softmax_launch.launch(softmax, arrays, where))
+
+
+def _lying(t: Tensor) -> Lying:
+    return Lying(t.data_ptr(), tuple(t.shape), t.stride(), dtype_name(t))
+
+
+def _on_stream(out: Tensor, launched: Callable[[tuple[int, int]], None]) -> None:
+    """Launch on the current stream of the device of ``out``."""
+    device = out.device.index
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launch(function, arrays, scratch, (device, stream))
+        launched((device, torch.cuda.current_stream(device).cuda_stream))
 
 
 def _as_matrix(x: Tensor) -> Tensor:
@@ -150,16 +174,55 @@ def _differentiate_dropout(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dbias, dout, None, None
 
 
+# --- The masked softmax ---------------------------------------------------------------------------
+
+
+def _softmax(scores: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    out = _contiguous(scores)
+    _, H, Q, _ = scores.shape
+    _launch_softmax(Softmax(H, Q, causal, scale), mask, scores=scores, out=out)
+    return out
+
+
+def _softmax_backward(dout: Tensor, probabilities: Tensor, causal: bool, scale: float) -> Tensor:
+    dscores = _contiguous(probabilities)
+    _, H, Q, _ = probabilities.shape
+    softmax = Softmax(H, Q, causal, scale, backward=True)
+    _launch_softmax(softmax, probabilities=probabilities, dout=dout, out=dscores)
+    return dscores
+
+
+softmax_forward = operation(
+    "masked_softmax", _softmax, lambda scores, mask, causal, scale: _contiguous(scores)
+)
+softmax_backward = operation(
+    "masked_softmax_backward",
+    _softmax_backward,
+    lambda dout, probabilities, causal, scale: _contiguous(probabilities),
+)
+
+
+def _keep_for_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(output)
+
+
+def _differentiate_softmax(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dscores = softmax_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return dscores, None, None, None
+
+
 def _refuse(ctx: Any, *gradients: Any) -> Any:
     raise NotImplementedError(
-        "isoform.kernels.bias_gelu and bias_dropout_residual cannot be differentiated twice; those "
-        "of isoform.reference.torch.fused can"
+        "isoform.kernels.bias_gelu, bias_dropout_residual and masked_softmax cannot be "
+        "differentiated twice; those of isoform.reference.torch.fused can"
     )
 
 
 for _name, _backward, _keep in (
     ("bias_gelu", _differentiate_gelu, _keep_for_gelu),
     ("bias_dropout_residual", _differentiate_dropout, _keep_for_dropout),
+    ("masked_softmax", _differentiate_softmax, _keep_for_softmax),
 ):
     torch.library.register_autograd(
         f"isoform::{_name}", _backward, setup_context=_keep, lib=LIBRARY

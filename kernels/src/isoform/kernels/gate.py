@@ -34,6 +34,7 @@ from isoform.kernels import (
     instructions,
     plain,
     rotary_launch,
+    softmax_launch,
     tensor,
 )
 from isoform.kernels.compiler import (
@@ -55,7 +56,7 @@ REGISTERS_AT_A_TIME = 8
 INSTRUCTIONS = "instruction_counts.jsonl"
 """The name of the second record, in the folder of the first."""
 
-NEVER_SPILL = ("evoformer_tensor_", "attention_tensor_", "rotary ", "bias_")
+NEVER_SPILL = ("evoformer_tensor_", "attention_tensor_", "rotary ", "bias_", "masked_softmax")
 """How the names of variants begin whose kernels may not spill a register."""
 
 Figures = dict[str, dict[str, Resources]]
@@ -117,6 +118,7 @@ def variants() -> list[Variant]:
         *_whole(),
         *_rotary(),
         *_fused(),
+        *_softmax(),
         *_attention(),
     ]
 
@@ -212,6 +214,33 @@ def _fused() -> Iterator[Variant]:
     for architecture in everywhere:
         if architecture != "sm_90":
             yield Variant("column_sums", {"ELEMENT": bfloat16}, architecture)
+
+
+def _softmax() -> Iterator[Variant]:
+    """As of those: on each architecture rows that several warps hold and rows that none can, on one
+    rows of every kind.
+    """
+
+    def one(dtype: str, keys: int, width: int, architecture: str, masked: bool = True) -> Variant:
+        how = softmax_launch.shared(keys, width)
+        defines = softmax_launch.defines(dtype, width, how, masked)
+        return Variant(how.source, defines, architecture)
+
+    for keys in (4096, 32768):
+        for architecture in ("sm_75", *ARCHITECTURES):
+            yield one("bfloat16", keys, 8, architecture)
+            yield one("float32", keys, 4, architecture)
+        yield one("float16", keys, 8, "sm_90")
+        yield one("bfloat16", keys, 8, "sm_90", masked=False)
+        yield one("float32", keys, 4, "sm_90", masked=False)
+        for width in (1, 2, 4):
+            yield one("bfloat16", keys, width, "sm_90")
+        for width in (1, 2):
+            yield one("float32", keys, width, "sm_90")
+    for keys in (64, 1024, 2560, 16384):
+        yield one("bfloat16", keys, 8, "sm_90")
+    yield one("bfloat16", 1, 1, "sm_90")
+    yield one("float32", 16384, 4, "sm_90")
 
 
 def _attention() -> Iterator[Variant]:

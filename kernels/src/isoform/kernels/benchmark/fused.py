@@ -43,6 +43,7 @@ MARGIN = 0.1
 TOKENS = 131072
 EPSILON = 1e-5
 DROPPED = 0.1
+SCALE = 128**-0.5
 
 COPY, ELEMENTARY, LIBRARY, OURS = "copy", "elementary", "library", "isoform"
 COMPILED, TUNED = "compiled", "compiled, max-autotune"
@@ -109,13 +110,26 @@ def our_bias_dropout_residual(x: Any, bias: Any, residual: Any) -> Any:
     return bias_dropout_residual(x, bias, residual, DROPPED)
 
 
-def masked_softmax(scores: Any, masked: Any) -> Any:
-    """Probabilities over the last axis of ``scale · scores`` where not ``masked``, in float32."""
+def masked_softmax(scores: Any, attended: Any) -> Any:
+    """Probabilities over the last axis of ``scale · scores`` where ``attended``, in float32."""
     import torch
 
-    scale = 128**-0.5
-    logits = (scores.float() * scale).masked_fill(masked, -torch.inf)
+    logits = torch.where(attended, scores.float() * SCALE, -torch.inf)
     return torch.softmax(logits, -1).to(scores.dtype)
+
+
+def our_causal_softmax(scores: Any, attended: Any) -> Any:
+    """The same of a causal mask by our kernel, which needs none."""
+    from isoform.kernels import masked_softmax
+
+    return masked_softmax(scores, causal=True, scale=SCALE)
+
+
+def our_padded_softmax(scores: Any, attended: Any) -> Any:
+    """The same of any mask by our kernel."""
+    from isoform.kernels import masked_softmax
+
+    return masked_softmax(scores, mask=attended, scale=SCALE)
 
 
 def as_dropped(results: Sequence[Any], operands: Sequence[Any], dout: Any) -> list[Any]:
@@ -173,8 +187,8 @@ BIAS_DROPOUT_RESIDUAL = Operation(
     ours=our_bias_dropout_residual,
     expected=as_dropped,
 )
-CAUSAL_SOFTMAX = Operation(masked_softmax, (1.5, 2), masked="causal")
-PADDED_SOFTMAX = Operation(masked_softmax, (2, 3), masked="padding")
+CAUSAL_SOFTMAX = Operation(masked_softmax, (1.5, 2), masked="causal", ours=our_causal_softmax)
+PADDED_SOFTMAX = Operation(masked_softmax, (2, 3), masked="padding", ours=our_padded_softmax)
 
 
 # --- Cases ----------------------------------------------------------------------------------------
@@ -224,8 +238,13 @@ CASES = (
     *_of_width(1024),
     Case("softmax-padding-4096", PADDED_SOFTMAX, (1, 16, 4096, 4096)),
     Case("layer-norm-2560-float32", LAYER_NORM, (TOKENS, 2560), "float32"),
+    Case("softmax-causal-1024", CAUSAL_SOFTMAX, (16, 16, 1024, 1024)),
+    Case("softmax-padding-16384", PADDED_SOFTMAX, (1, 1, 16384, 16384)),
+    Case("softmax-padding-32768", PADDED_SOFTMAX, (1, 1, 8192, 32768)),
 )
-"""Every operation once, then at further widths of genome models."""
+"""Every operation once, then at further widths of genome models. Of the rows of a softmax, a warp
+has one of 1024 keys, a block one of 16384, and none can hold 32768.
+"""
 
 
 @dataclass(frozen=True)
@@ -261,10 +280,10 @@ class Operands:
         others: tuple[Any, ...] = ()
         if operation.masked == "causal":
             ones = torch.ones(rows, columns, device=device, dtype=torch.bool)
-            others = (ones.triu(1),)
+            others = (ones.tril(),)
         elif operation.masked:  # the last eighth of the keys
             places = torch.arange(columns, device=device)
-            others = ((places >= columns - columns // 8).expand(case.shape[0], 1, 1, -1),)
+            others = ((places < columns - columns // 8).expand(case.shape[0], 1, 1, -1),)
         return Operands(tuple(x.requires_grad_() for x in leaves), others, drawn(*case.shape))
 
 

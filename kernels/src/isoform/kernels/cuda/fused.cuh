@@ -1,67 +1,20 @@
-// What kernels share that pass over activations once: vectors of 16 bytes, which thread has which,
-// and sums over rows for the gradient of a bias.
+// What kernels share that pass over activations once: which thread has which vectors, and sums over
+// rows for the gradient of a bias.
 //
 // A block has a *tile* of columns, blockDim.x vectors wide, and a *chunk* of the rows: of blockDim.y
 // rows times AT_ONCE, every chunks-th. A thread keeps its columns, so that it reads the bias once and
 // sums a bias's gradient in registers. It reads AT_ONCE rows before it computes, which hides the
 // latency of memory.
 //
-// Defines: ELEMENT (see primitives.cuh); WIDTH, elements of a vector, so many that every row starts
-// on a multiple of its size: 1, 2, 4 or 8, 16 bytes at most.
+// Defines: ELEMENT, WIDTH (see vectors.cuh).
 
 #pragma once
 
 #include "fused_arguments.cuh"
-#include "primitives.cuh"
+#include "vectors.cuh"
 
 constexpr int THREADS = 256;
 constexpr int AT_ONCE = 4;
-
-struct alignas(WIDTH * sizeof(Element)) Vector {
-    Element at[WIDTH];
-};
-
-struct Floats {
-    float at[WIDTH];
-};
-
-__device__ inline Floats widened(const Vector &vector) {
-    Floats wide;
-#if ELEMENT != 0 && WIDTH > 1
-    const unsigned *const pairs = reinterpret_cast<const unsigned *>(vector.at);
-#pragma unroll
-    for (int i = 0; i < WIDTH / 2; ++i) {
-        const float2 pair = unpack(pairs[i]);
-        wide.at[2 * i] = pair.x, wide.at[2 * i + 1] = pair.y;
-    }
-#else
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) wide.at[i] = to_float(vector.at[i]);
-#endif
-    return wide;
-}
-
-__device__ inline Vector rounded(const Floats &wide) {
-    Vector vector;
-#if ELEMENT != 0 && WIDTH > 1
-    unsigned *const pairs = reinterpret_cast<unsigned *>(vector.at);
-#pragma unroll
-    for (int i = 0; i < WIDTH / 2; ++i) pairs[i] = pack(wide.at[2 * i], wide.at[2 * i + 1]);
-#else
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) round_to(wide.at[i], &vector.at[i]);
-#endif
-    return vector;
-}
-
-__device__ inline Vector load(const Matrix &x, int64 row, int64 column) {
-    return *reinterpret_cast<const Vector *>(static_cast<const Element *>(x.data) + row * x.stride +
-                                             column);
-}
-
-__device__ inline void store(const Vector &vector, const Matrix &x, int64 row, int64 column) {
-    *reinterpret_cast<Vector *>(static_cast<Element *>(x.data) + row * x.stride + column) = vector;
-}
 
 // The thread's columns of a vector, such as the bias.
 __device__ inline Floats of_columns(const void *vector, int64 column) {

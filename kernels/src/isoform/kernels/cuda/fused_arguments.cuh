@@ -6,19 +6,10 @@
 
 #pragma once
 
-#include <cuda/std/cstdint>
-
-using int64 = cuda::std::int64_t;
-using uint64 = cuda::std::uint64_t;
-
-// Activations as they lie: tokens are rows, channels are columns and adjacent.
-struct Matrix {
-    void *data;    // null where there is no such operand
-    int64 stride;  // from one row to the next, in elements; 0 and < 0 are legal
-};
+#include "matrix.cuh"
 
 struct FusedArguments {
-    int64 rows, columns;
+    int64 rows, columns;  // tokens, and channels
 
     Matrix x, residual, dout;
     Matrix out;  // or dx
