@@ -107,8 +107,8 @@ def masked_softmax(
     """Probabilities over the keys, of ``scale * scores``; forward and backward read and write each
     array once, and nothing is read that a causal mask leaves out.
 
-    Rows too long for a block to hold are read twice: those of more than 16384 keys, and of more
-    than 4096 if they do not start on 8 bytes.
+    Rows of up to 4096 keys are read once however they lie, those of up to 16384 where they start on
+    16 bytes. Rows that are too long for a block to hold are read twice.
 
     Args:
         scores: ``[B, H, Q, K]``, float32, float16 or bfloat16, a PyTorch tensor on a GPU. Rows that
