@@ -160,6 +160,59 @@ def test_wrong_calls(library):
             call()
 
 
+# --- LayerNorm ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 21), (4, 1), (21,), (0, 6), (3, 0)])
+def test_layer_norm_and_its_gradients_are_pytorchs(shape):
+    x, dout = drawn(*shape) + 30, drawn(*shape, seed=2)
+    weight, bias = drawn(shape[-1], seed=3), drawn(shape[-1], seed=4)
+    leaves = [torch.from_numpy(each).requires_grad_() for each in (x, weight, bias)]
+    out = torch.nn.functional.layer_norm(leaves[0], shape[-1:], *leaves[1:], eps=0.01)
+    wanted = torch.autograd.grad(out, leaves, torch.from_numpy(dout))
+    mine = reference.layer_norm(*leaves, epsilon=0.01)
+    gradients = torch.autograd.grad(mine, leaves, torch.from_numpy(dout))
+    for found in (oracle.layer_norm(x, weight, bias, epsilon=0.01), mine.detach()):
+        np.testing.assert_allclose(found, out.detach(), rtol=1e-11, atol=1e-12)
+    for found in (oracle.layer_norm_backward(dout, x, weight, epsilon=0.01), gradients):
+        for each, right in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(each, right, rtol=1e-9, atol=1e-10)
+
+
+def test_layer_norm_is_differentiable_as_often_as_need_be():
+    leaves = [torch.from_numpy(drawn(*s)).requires_grad_() for s in ((3, 4), (4,), (4,))]
+    assert torch.autograd.gradcheck(reference.layer_norm, leaves)
+    assert torch.autograd.gradgradcheck(reference.layer_norm, leaves)
+
+
+@pytest.mark.parametrize("library", [oracle, reference], ids=["numpy", "torch"])
+def test_a_token_of_equal_channels_is_the_bias(library):
+    given = [np.full((2, 8), 3e4, "f2"), np.full(8, 2, "f2"), np.arange(8, dtype="f2")]
+    if library is reference:
+        given = [torch.from_numpy(each) for each in given]
+    out = library.layer_norm(*given)
+    assert out.dtype == given[0].dtype
+    np.testing.assert_array_equal(np.asarray(out), [[*range(8)]] * 2)
+
+
+@pytest.mark.parametrize("library", [oracle, reference], ids=["numpy", "torch"])
+def test_wrong_calls_of_layer_norm(library):
+    def array(*shape, dtype="float32"):
+        made = np.zeros(shape, dtype)
+        return made if library is oracle else torch.from_numpy(made)
+
+    for wrong, raises, says in (
+        ({"weight": array(3)}, ValueError, r"weight must be \[C\] with C=4 of x, got shape \(3,\)"),
+        ({"bias": array(4, dtype="float64")}, TypeError, "bias must be float32, the dtype of x"),
+        ({"epsilon": 0}, ValueError, "epsilon must be finite and above 0, got 0"),
+        ({"epsilon": np.nan}, ValueError, "epsilon must be finite and above 0, got nan"),
+        ({"epsilon": None}, TypeError, "epsilon must be a real number, got NoneType"),
+    ):
+        call = {"x": array(3, 4), "weight": array(4), "bias": array(4)} | wrong
+        with pytest.raises(raises, match=says):
+            library.layer_norm(**call)
+
+
 # --- The masked softmax ---------------------------------------------------------------------------
 
 SCORES = (2, 3, 7, 7)

@@ -1,9 +1,9 @@
 """The contract of the fused operations: which calls are right.
 
-Operands of bias and GeLU, and of bias, dropout and residual, are activations ``[..., C]``, of any
-axes, and a number for each of C channels. All have one dtype and one device. Those of the masked
-softmax are scores ``[B, H, Q, K]``, of B batch items, H heads, Q queries and K keys, and a mask of
-bool.
+Operands of LayerNorm, of bias and GeLU, and of bias, dropout and residual, are activations ``[...,
+C]``, of any axes, and a number for each of C channels. All have one dtype and one device. Those of
+the masked softmax are scores ``[B, H, Q, K]``, of B batch items, H heads, Q queries and K keys, and
+a mask of bool.
 
 Dropout is a function of a seed, so that it can be computed again, and tested. Of each element there
 is a draw from 0 to 65535, and those below 65536 p are dropped; the rest is multiplied by the
@@ -12,6 +12,7 @@ inverse of the share of draws that are kept, exactly, so that the expectation is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -28,12 +29,15 @@ MULTIPLIERS, INCREMENTS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 """Of Philox 4x32, the generator of the draws (Salmon et al., SC 2011)."""
 
+VECTORS = ("weight", "bias")
+"""The operands that are a number for each channel."""
+
 
 def check_operands(operands: Mapping[str, Any], *, dtypes: Iterable[str] = FLOAT_DTYPES) -> None:
     """Check activations and vectors: the first operand says what the others have to be.
 
     Args:
-        operands: By name, in order; ``bias`` is ``[C]``, all others ``[..., C]``.
+        operands: By name, in order; those of :data:`VECTORS` are ``[C]``, all others ``[..., C]``.
         dtypes: Names of the dtypes to accept.
 
     Raises:
@@ -52,12 +56,20 @@ def check_operands(operands: Mapping[str, Any], *, dtypes: Iterable[str] = FLOAT
             raise TypeError(
                 f"{name} must be {dtype_name(x)}, the dtype of {called}, got {dtype_name(operand)}"
             )
-        wanted = tuple(x.shape[-1:]) if name == "bias" else tuple(x.shape)
+        wanted = tuple(x.shape[-1:]) if name in VECTORS else tuple(x.shape)
         if tuple(operand.shape) != wanted:
-            axes = f"[C] with C={x.shape[-1]}" if name == "bias" else f"of shape {wanted}"
+            axes = f"[C] with C={x.shape[-1]}" if name in VECTORS else f"of shape {wanted}"
             raise ValueError(f"{name} must be {axes} of {called}, got shape {tuple(operand.shape)}")
         if (there := str(getattr(operand, "device", "cpu"))) != where:
             raise ValueError(f"{name} is on {there}, but {called} is on {where}")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise unless ``epsilon`` is a finite number above 0, so that no row is divided by 0."""
+    if isinstance(epsilon, bool) or not isinstance(epsilon, Real):
+        raise TypeError(f"epsilon must be a real number, got {type(epsilon).__name__}")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon must be finite and above 0, got {epsilon}")
 
 
 def check_approximate(approximate: str) -> None:

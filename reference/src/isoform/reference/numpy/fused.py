@@ -1,5 +1,5 @@
-r"""Bias and GeLU, bias, dropout and residual, and the masked softmax, defined: what stands between
-matrix products.
+r"""LayerNorm, bias and GeLU, bias, dropout and residual, and the masked softmax, defined: what
+stands between matrix products.
 
 With u = x + b, b the same for all tokens, the first is GeLU(u) = u Φ(u), Φ the normal distribution
 (Hendrycks and Gimpel, arXiv 1606.08415), of which there are two forms::
@@ -31,6 +31,18 @@ mixes the halves of the products with the other two and the key::
 Ten rounds make a counter's bits. Token n, all axes but the last taken as one, has for each eight
 channels from 8j on the counter (j, n mod 2³², ⌊n / 2³²⌋, 0), and its four words are eight draws of
 16 bits, the lower half of a word first. An element is dropped where its draw is below 65536 p.
+
+LayerNorm
+---------
+A token's channels, less their mean and divided by their standard deviation, then scaled and shifted
+by what is learned (Ba, Kiros and Hinton, arXiv 1607.06450)::
+
+    n_c = (x_c − μ) / σ        μ = mean_c x_c        σ² = mean_c (x_c − μ)² + ε        y = w∘n + b
+
+n has mean 0 and, but for ε, mean square 1, whatever x is: to move x along 1 or along n does not
+move n, so that the gradient of x is that of n less its parts along both. With g = w∘y̅::
+
+    x̅ = (g − mean_c g − n mean_c (g∘n)) / σ        w̅ = Σ_tokens y̅∘n        b̅ = Σ_tokens y̅
 
 The masked softmax
 ------------------
@@ -67,6 +79,7 @@ from isoform.reference.fused_contract import (
     MULTIPLIERS,
     ROUNDS,
     check_approximate,
+    check_epsilon,
     check_operands,
     check_seed,
     check_softmax,
@@ -212,6 +225,59 @@ def philox(counter: Any, seed: int) -> list[Array]:
     return [c0, c1, c2, c3]
 
 
+def layer_norm(x: Array, weight: Array, bias: Array, *, epsilon: float = 1e-5) -> Array:
+    """LayerNorm over the channels, in float64, rounded once.
+
+    Args:
+        x: Activations ``[..., C]``, any float dtype.
+        weight, bias: ``[C]``, in x's dtype.
+        epsilon: What is added to the variance, above 0.
+
+    Returns:
+        ``out [..., C]`` in x's dtype.
+
+    Raises:
+        TypeError: An operand's dtype, or epsilon's type, is wrong.
+        ValueError: An operand's shape, or epsilon, is wrong.
+    """
+    check_operands({"x": x, "weight": weight, "bias": bias})
+    check_epsilon(epsilon)
+    n, _ = normalized(_wide(x), epsilon)
+    return (_wide(weight) * n + _wide(bias)).astype(x.dtype)
+
+
+def layer_norm_backward(
+    dout: Array, x: Array, weight: Array, *, epsilon: float = 1e-5
+) -> tuple[Array, Array, Array]:
+    """Gradients of :func:`layer_norm`, given that of its output.
+
+    Args:
+        dout: Gradient of the loss by ``out``, ``[..., C]``.
+        x, weight, epsilon: As in the forward.
+
+    Returns:
+        ``dx [..., C]``, ``dweight [C]`` and ``dbias [C]``.
+
+    Raises:
+        TypeError, ValueError: As in the forward.
+    """
+    check_operands({"x": x, "weight": weight, "dout": dout})
+    check_epsilon(epsilon)
+    dy = _wide(dout)
+    n, inverse = normalized(_wide(x), epsilon)
+    g = _wide(weight) * dy
+    dx = inverse * (g - _over_channels(g) - n * _over_channels(g * n))
+    sums = (_over_tokens(each).astype(x.dtype) for each in (dy * n, dy))
+    return dx.astype(x.dtype), *sums
+
+
+def normalized(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """What is scaled and shifted, n, and 1 / σ."""
+    centred = x - _over_channels(x)
+    inverse = 1 / np.sqrt(_over_channels(centred**2) + float(epsilon))
+    return centred * inverse, inverse
+
+
 def masked_softmax(
     scores: Array, *, mask: Array | None = None, causal: bool = False, scale: float = 1.0
 ) -> Array:
@@ -279,8 +345,14 @@ def _dropped(u: Array, p: float, seed: int) -> Array:
 
 
 def _over_tokens(du: Array) -> Array:
-    summed: Array = du.reshape(-1, du.shape[-1]).sum(0)
+    summed: Array = du.reshape(math.prod(du.shape[:-1]), du.shape[-1]).sum(0)
     return summed
+
+
+def _over_channels(x: Array) -> Array:
+    """The mean, and of no channels 0."""
+    mean: Array = x.sum(-1, keepdims=True) / max(1, x.shape[-1])
+    return mean
 
 
 def _wide(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Bias and GeLU, bias, dropout and residual, and the masked softmax, in PyTorch:
+"""LayerNorm, bias and GeLU, bias, dropout and residual, and the masked softmax, in PyTorch:
 :mod:`isoform.reference.numpy.fused` once more, differentiable by autograd as often as need be, on
 any device.
 
@@ -21,6 +21,7 @@ from isoform.reference.fused_contract import (
     MULTIPLIERS,
     ROUNDS,
     check_approximate,
+    check_epsilon,
     check_operands,
     check_seed,
     check_softmax,
@@ -109,6 +110,29 @@ def philox(counter: tuple[Tensor, ...], seed: int) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:
+    """LayerNorm over the channels.
+
+    Args:
+        x: Activations ``[..., C]``, any float dtype.
+        weight, bias: ``[C]``, in x's dtype.
+        epsilon: What is added to the variance, above 0.
+
+    Returns:
+        ``out [..., C]`` in x's dtype.
+
+    Raises:
+        TypeError: An operand's dtype, or epsilon's type, is wrong.
+        ValueError: An operand's shape or device, or epsilon, is wrong.
+    """
+    check_operands({"x": x, "weight": weight, "bias": bias})
+    check_epsilon(epsilon)
+    wide = _wide(x)
+    centred = wide - _over_channels(wide)
+    inverse = (_over_channels(centred.square()) + float(epsilon)).rsqrt()
+    return (_wide(weight) * (centred * inverse) + _wide(bias)).to(x.dtype)
+
+
 def masked_softmax(
     scores: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0
 ) -> Tensor:
@@ -184,6 +208,11 @@ class _MaskedSoftmax(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (probabilities,) = ctx.saved_tensors
         return masked_softmax_backward(dout, probabilities, scale=ctx.scale), None, None
+
+
+def _over_channels(x: Tensor) -> Tensor:
+    """The mean, and of no channels 0."""
+    return x.sum(-1, keepdim=True) / max(1, x.shape[-1])
 
 
 def _wide(x: Tensor) -> Tensor:
