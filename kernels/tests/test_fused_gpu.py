@@ -1,5 +1,5 @@
-"""On a GPU: bias and GeLU, bias, dropout and residual, and the masked softmax, against the
-reference.
+"""On a GPU: LayerNorm, bias and GeLU, bias, dropout and residual, and the masked softmax, against
+the reference.
 
 Skipped where there is no GPU, unless ISOFORM_REQUIRE_GPU is set: then having none is an error.
 """
@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from isoform.kernels import bias_dropout_residual, bias_gelu, masked_softmax
+from isoform.kernels import bias_dropout_residual, bias_gelu, layer_norm, masked_softmax
 from isoform.reference.numpy import fused as oracle
 
 torch = pytest.importorskip("torch")
@@ -48,6 +48,44 @@ def assert_right(found, wanted, tokens=1):
 
 def tokens_of(shape):
     return torch.Size(shape[:-1]).numel()
+
+
+NORMED = [*SHAPES, (9, 8192), (5, 8191), (3, 1032), (700, 128)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", NORMED, ids=str)
+def test_layer_norm_and_its_gradients(shape, dtype):
+    (x, weight, _), dout = operands(shape, dtype)
+    bias = weight.detach().flip(0).requires_grad_()
+    out = layer_norm(x, weight, bias, epsilon=0.01)
+    found = torch.autograd.grad(out, (x, weight, bias), dout)
+    assert_right(out, oracle.layer_norm(*doubled(x, weight, bias), epsilon=0.01))
+    wanted = oracle.layer_norm_backward(*doubled(dout, x, weight), epsilon=0.01)
+    assert_right(found[0], wanted[0])
+    for each, right in zip(found[1:], wanted[1:], strict=True):
+        assert_right(each, right, tokens_of(shape))
+
+
+def test_a_large_mean_costs_layer_norm_no_digits():
+    (x, weight, bias), _ = operands((64, 2560), torch.float32, requires_grad=False)
+    bias = bias[0]
+    wanted = layer_norm(x, weight, bias)
+    found = layer_norm(x + 512, weight, bias)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_a_layer_norm_that_lie_oddly():
+    (x, weight, _), dout = operands((6, 9, 96), torch.bfloat16, requires_grad=False)
+    wanted = layer_norm(x, weight, weight)
+    wide = torch.full((6, 9, 200), torch.nan, device="cuda", dtype=torch.bfloat16)
+    for part in (wide[..., :96], wide[..., 3:99], wide[..., 1:193:2]):
+        part.copy_(x)
+        torch.testing.assert_close(layer_norm(part, weight, weight), wanted)
+    x.requires_grad_()
+    out = layer_norm(x, weight, weight)
+    (dx,) = torch.autograd.grad(out, x, dout.transpose(0, 1).contiguous().transpose(0, 1))
+    assert_right(dx, oracle.layer_norm_backward(*doubled(dout, x, weight))[0])
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -101,6 +139,7 @@ def test_equal_calls_give_equal_bits():
     for function in (
         lambda x, bias, residual: bias_gelu(x, bias) + residual,
         lambda *each: bias_dropout_residual(*each, 0.1, seed=1),
+        lambda x, bias, residual: layer_norm(x, bias, bias) + residual,
     ):
         first, second = (torch.autograd.grad(function(*leaves), leaves, dout) for _ in range(2))
         assert all(map(torch.equal, first, second))
@@ -134,8 +173,11 @@ def test_opcheck():
     seed = torch.tensor([-5], device="cuda")
     torch.library.opcheck(fused_torch.gelu_forward, (x, bias, True))
     torch.library.opcheck(fused_torch.dropout_forward, (x, bias, residual, seed, 6554))
+    torch.library.opcheck(fused_torch.layer_norm_forward, (x, bias, bias.detach(), 0.1))
     x, bias = x.detach(), bias.detach()
     torch.library.opcheck(fused_torch.gelu_backward, (dout, x, bias, False))
+    statistics = fused_torch.layer_norm_forward(x, bias, bias, 0.1)[1]
+    torch.library.opcheck(fused_torch.layer_norm_backward, (dout, x, bias, statistics))
     torch.library.opcheck(fused_torch.dropout_backward, (dout, seed, 6554))
     scores = torch.randn(2, 3, 8, 8, device="cuda", requires_grad=True)
     mask = torch.rand(2, 1, 1, 8, device="cuda") < 0.5
@@ -147,7 +189,8 @@ def test_opcheck():
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_it_compiles_in_one_graph(backend):
     def model(x, bias, residual):
-        return 2 * bias_dropout_residual(bias_gelu(x, bias), bias, residual, 0.5)
+        x = bias_gelu(layer_norm(x, bias, bias), bias)
+        return 2 * bias_dropout_residual(x, bias, residual, 0.5)
 
     torch._dynamo.reset()
     leaves, _ = operands((40, 64), torch.float32)
@@ -155,7 +198,8 @@ def test_it_compiles_in_one_graph(backend):
     first, second = compiled(*leaves), compiled(*leaves)
     assert not torch.equal(first, second)  # each call has a seed of its own
     first.sum().backward()
-    assert torch.equal(leaves[0].grad != 0, first != 2 * leaves[2])
+    assert leaves[0].grad.isfinite().all() and leaves[0].grad.any()
+    assert torch.equal(leaves[2].grad, torch.full_like(leaves[2], 2))
 
 
 def test_a_captured_graph_drops_anew_in_each_replay():

@@ -94,10 +94,10 @@ def assert_right(found, wanted, dtype, unit=None):
 
 def test_the_header_and_its_mirror_agree():
     body = re.search(r"struct FusedArguments {(.*?)};", re.sub(r"//.*", "", HEADER), re.DOTALL)[1]
-    types = {"int64": "i8", "Matrix": MATRIX, "void": "u8"}
+    types = {"int64": "i8", "Matrix": MATRIX, "void": "u8", "float": "f4"}
     fields = [
         (name, types[kind])
-        for kind, names in re.findall(r"\b(int64|Matrix|void) ([^;]+);", body)
+        for kind, names in re.findall(r"\b(int64|Matrix|void|float) ([^;]+);", body)
         for name in re.findall(r"\w+", names)
     ]
     assert np.dtype(fields) == ARGUMENTS

@@ -25,6 +25,8 @@ from isoform.kernels import (  # noqa: E402
     fused,
     fused_launch,
     fused_torch,
+    layer_norm,
+    layer_norm_launch,
     masked_softmax,
     softmax_launch,
 )
@@ -40,6 +42,22 @@ SHAPE = (2, 5, 24)
 
 def form(tanh):
     return "tanh" if tanh else "none"
+
+
+@torch.library.impl("isoform::layer_norm", "CPU")
+def _(x, weight, bias, epsilon):
+    out = reference.layer_norm(x, weight, bias, epsilon=epsilon).contiguous()
+    _, inverse = oracle.normalized(x.double().numpy(), epsilon)
+    statistics = torch.stack((x.double().mean(-1), torch.from_numpy(inverse)[..., 0]), -1)
+    return out, statistics.float()
+
+
+@torch.library.impl("isoform::layer_norm_backward", "CPU")
+def _(dout, x, weight, statistics):
+    epsilon = statistics[..., 1].double() ** -2 - x.double().var(-1, correction=0)
+    arrays = (each.double().numpy() for each in (dout, x, weight))
+    found = oracle.layer_norm_backward(*arrays, epsilon=max(float(epsilon.mean()), 1e-9))
+    return tuple(torch.from_numpy(each).to(x.dtype).contiguous() for each in found)
 
 
 @torch.library.impl("isoform::bias_gelu", "CPU")
@@ -110,7 +128,10 @@ def test_opcheck(requires_grad):
     x, bias, residual = operands(requires_grad)
     torch.library.opcheck(fused_torch.gelu_forward, (x, bias, True))
     torch.library.opcheck(fused_torch.dropout_forward, (x, bias, residual, SEED, 6554))
+    torch.library.opcheck(fused_torch.layer_norm_forward, (x, bias, residual.detach()[0, 0], 0.1))
     x, bias, dout = operands(requires_grad=False)
+    statistics = fused_torch.layer_norm_forward(x, bias, bias, 0.1)[1]
+    torch.library.opcheck(fused_torch.layer_norm_backward, (dout, x, bias, statistics))
     torch.library.opcheck(fused_torch.gelu_backward, (dout, x, bias, False))
     torch.library.opcheck(fused_torch.dropout_backward, (dout, SEED, 6554))
     scores, mask = scores_and_mask(requires_grad)
@@ -118,6 +139,23 @@ def test_opcheck(requires_grad):
         torch.library.opcheck(fused_torch.softmax_forward, (scores, *masks, 0.3))
     scores, _ = scores_and_mask(requires_grad=False)
     torch.library.opcheck(fused_torch.softmax_backward, (scores.flip(0), scores, True, 0.3))
+
+
+def test_layer_norm_and_its_gradients_are_the_references(gpu):
+    x, weight, residual = operands(dtype=torch.float64)
+    leaves = x, weight, residual.detach()[0, 0].requires_grad_()
+    torch.autograd.gradcheck(
+        lambda *each: fused_torch.layer_norm(*each, 0.1), leaves, rtol=1e-4, atol=1e-5
+    )
+    leaves = [each.detach().float().requires_grad_() for each in leaves]
+    out, wanted = (
+        function(*leaves, epsilon=0.1) for function in (layer_norm, reference.layer_norm)
+    )
+    assert torch.equal(out, wanted)
+    dout = leaves[0].detach().flip(0)
+    found = [torch.autograd.grad(each, leaves, dout) for each in (out, wanted)]
+    for one, right in zip(*found, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -217,7 +255,8 @@ def test_where_only_the_residual_has_a_gradient_nothing_is_drawn(gpu, monkeypatc
 
 def test_it_compiles_in_one_graph(gpu):
     def model(x, bias, residual):
-        return 2 * bias_dropout_residual(bias_gelu(x, bias), bias, residual, 0.5)
+        x = bias_gelu(layer_norm(x, bias, bias), bias)
+        return 2 * bias_dropout_residual(x, bias, residual, 0.5)
 
     torch._dynamo.reset()
     leaves = operands()
@@ -227,8 +266,8 @@ def test_it_compiles_in_one_graph(gpu):
     x, _, residual = leaves
     first.sum().backward()
     kept = first != 2 * residual
-    assert torch.equal(x.grad != 0, kept)
-    gelu = reference.bias_gelu(*leaves[:2])
+    assert x.grad.isfinite().all() and x.grad.any()
+    gelu = reference.bias_gelu(reference.layer_norm(x, leaves[1], leaves[1]), leaves[1])
     torch.testing.assert_close(first, 2 * (residual + 2 * kept * (gelu + leaves[1])))
 
 
@@ -250,6 +289,7 @@ def test_it_is_not_differentiated_twice(gpu):
     x, bias, residual = operands()
     scores, mask = scores_and_mask()
     for out, leaf in (
+        (layer_norm(x, bias, bias), x),
         (bias_gelu(x, bias), x),
         (bias_dropout_residual(x, bias, residual, 0.5), x),
         (masked_softmax(scores, mask=mask), scores),
@@ -295,6 +335,7 @@ def emulated(monkeypatch):
 
     monkeypatch.setattr(fused_launch, "kept", kept)
     monkeypatch.setattr(softmax_launch, "kept", kept)
+    monkeypatch.setattr(layer_norm_launch, "kept", kept)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     return known
@@ -323,6 +364,13 @@ def test_what_is_launched_is_the_reference(emulated, how):
             torch.testing.assert_close(
                 found.double(), torch.from_numpy(right), rtol=1e-2, atol=1e-2
             )
+        out, statistics = fused_torch._norm(moved[0], bias, bias, 0.1)
+        torch.testing.assert_close(out, reference.layer_norm(x, bias, bias, epsilon=0.1))
+        found = fused_torch._norm_backward(moved[2], moved[0], bias, statistics)
+        given = (each.double().numpy() for each in (dout, x, bias))
+        wanted = oracle.layer_norm_backward(*given, epsilon=0.1)
+        for each, right in zip(found, wanted, strict=True):
+            torch.testing.assert_close(each.double(), torch.from_numpy(right), rtol=1e-2, atol=1e-2)
         out = fused_torch._dropout(moved[0], bias, moved[1], SEED, 6554)
         wanted = reference.bias_dropout_residual(x, bias, residual, 0.1, seed=-5)
         torch.testing.assert_close(out, wanted)
@@ -384,6 +432,7 @@ def test_importing_it_imports_neither_torch_nor_cupy():
 def test_every_reason_is_given():
     x, bias, residual = operands(dtype=torch.float64)
     for call in (
+        lambda: layer_norm(x, bias, bias),
         lambda: bias_gelu(x, bias),
         lambda: bias_dropout_residual(x, bias, residual, 0.1),
     ):
@@ -392,6 +441,9 @@ def test_every_reason_is_given():
         device, dtype = raised.value.reasons
         assert device.startswith("device cpu (cuda only): move the operands to a GPU")
         assert dtype.startswith("dtype float64 (bfloat16, float16, float32 only)")
+    with pytest.raises(Unsupported, match=r"C=8193 channels \(at most 8192\)"):
+        layer_norm(torch.zeros(2, 8193), torch.zeros(8193), torch.zeros(8193))
+    assert fused.MOST_CHANNELS == layer_norm_launch.MOST_CHANNELS
     with pytest.raises(Unsupported) as raised:
         masked_softmax(x[None], scale=1e39)
     scale, device, dtype = raised.value.reasons
@@ -406,6 +458,8 @@ def test_a_wrong_call_is_wrong_before_it_is_unsupported():
     for call, raises, says in (
         (lambda: bias_gelu(x, bias[1:]), ValueError, r"bias must be \[C\] with C=24 of x"),
         (lambda: bias_gelu(x, bias.double()), TypeError, "bias must be float32, the dtype of x"),
+        (lambda: layer_norm(x, bias[1:], bias), ValueError, r"weight must be \[C\] with C=24 of x"),
+        (lambda: layer_norm(x, bias, bias, epsilon=0), ValueError, "epsilon must be finite and"),
         (lambda: bias_gelu(x, bias, approximate="erf"), ValueError, "approximate must be one of"),
     ):
         with pytest.raises(raises, match=says):

@@ -14,7 +14,7 @@ from isoform.kernels.attention import (
     explain_attention,
 )
 from isoform.kernels.evoformer import evoformer_attention, evoformer_attention_backward, explain
-from isoform.kernels.fused import bias_dropout_residual, bias_gelu, masked_softmax
+from isoform.kernels.fused import bias_dropout_residual, bias_gelu, layer_norm, masked_softmax
 from isoform.kernels.rotary import (
     rotary_embedding,
     rotary_embedding_,
@@ -36,6 +36,7 @@ __all__ = [
     "evoformer_attention_backward",
     "explain",
     "explain_attention",
+    "layer_norm",
     "masked_softmax",
     "rotary_embedding",
     "rotary_embedding_",

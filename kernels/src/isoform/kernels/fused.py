@@ -1,5 +1,5 @@
-"""Bias and GeLU, bias, dropout and residual, and the masked softmax, on an NVIDIA GPU: the front
-door.
+"""LayerNorm, bias and GeLU, bias, dropout and residual, and the masked softmax, on an NVIDIA GPU:
+the front door.
 
 For PyTorch's CUDA tensors: differentiable once, and under ``torch.compile``. The functions are
 those of ``isoform.reference.torch.fused``, and what is dropped is the same, bit by bit.
@@ -16,6 +16,7 @@ from isoform.kernels.plain import ELEMENTS
 from isoform.reference.contract import Unsupported, dtype_name
 from isoform.reference.fused_contract import (
     check_approximate,
+    check_epsilon,
     check_operands,
     check_seed,
     check_softmax,
@@ -24,6 +25,36 @@ from isoform.reference.fused_contract import (
 
 MOST_SCALE = (2 - 2.0**-23) * 2.0**127
 """The largest number of float32."""
+
+MOST_CHANNELS = 8192
+"""Of LayerNorm: what a block holds, of a row and of the sums over all."""
+
+
+def layer_norm(x: Any, weight: Any, bias: Any, *, epsilon: float = 1e-5) -> Any:
+    """LayerNorm over the channels; forward and backward read and write each array once.
+
+    Args:
+        x: Activations ``[..., C]``, as in :func:`bias_gelu`, of 8192 channels at most.
+        weight, bias: ``[C]``, in x's dtype, on its device.
+        epsilon: What is added to the variance, above 0.
+
+    Returns:
+        ``out [..., C]`` in x's dtype, contiguous. For the backward, x and two numbers for each
+        token are kept.
+
+    Raises:
+        TypeError: An operand's dtype, or epsilon's type, is wrong.
+        ValueError: An operand's shape or device, or epsilon, is wrong.
+        Unsupported: As in :func:`bias_gelu`, or there are more channels.
+        isoform.kernels.compiler.CompilerUnavailable: Kernels cannot be compiled on this machine.
+    """
+    check_operands({"x": x, "weight": weight, "bias": bias})
+    check_epsilon(epsilon)
+    C = x.shape[-1]
+    _require(x, [f"C={C} channels (at most {MOST_CHANNELS})"] if C > MOST_CHANNELS else ())
+    from isoform.kernels import fused_torch
+
+    return fused_torch.layer_norm(x, weight, bias, float(epsilon))
 
 
 def bias_gelu(x: Any, bias: Any, *, approximate: str = "tanh") -> Any:

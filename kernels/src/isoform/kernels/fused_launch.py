@@ -21,13 +21,14 @@ from isoform.kernels.rotary_launch import VECTOR_BYTES, Lying
 
 MATRIX = np.dtype([("data", "u8"), ("stride", "i8")])
 MATRICES = ("x", "residual", "dout", "out")
-VECTORS = ("bias", "dbias", "seed", "parts")
+VECTORS = ("bias", "dbias", "weight", "dweight", "seed", "statistics", "parts")
 ARGUMENTS = np.dtype(
     [
         *((name, "i8") for name in ("rows", "columns")),
         *((name, MATRIX) for name in MATRICES),
         *((name, "u8") for name in VECTORS),
         *((name, "i8") for name in ("chunks", "tiles", "threshold")),
+        *((name, "f4") for name in ("epsilon", "unused")),
     ]
 )
 """Mirrors ``FusedArguments`` of ``cuda/fused_arguments.cuh``."""
@@ -139,12 +140,12 @@ def width_of(arrays: Mapping[str, Lying], named: Collection[str] = MATRICES) -> 
     """How many elements are read at a time: as many as divide every row and where it starts.
 
     Args:
-        arrays: By name; besides the matrices only ``bias`` is looked at.
+        arrays: By name; besides the matrices only ``bias`` and ``weight`` are looked at.
         named: The names of the matrices.
     """
     matrices = [array for name, array in arrays.items() if name in named]
     (size,) = {4 if x.dtype == "float32" else 2 for x in matrices}
-    starts = [*matrices, *(arrays[name] for name in ("bias",) if name in arrays)]
+    starts = [*matrices, *(arrays[name] for name in ("bias", "weight") if name in arrays)]
     if any(x.pointer % size for x in starts):
         return 1
     steps = [x.strides[0] for x in matrices if x.shape[0] > 1]

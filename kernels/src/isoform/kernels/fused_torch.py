@@ -1,5 +1,5 @@
-"""Bias and GeLU, bias, dropout and residual, and the masked softmax, as operations of PyTorch's:
-autograd, ``torch.compile``, fake tensors, export.
+"""LayerNorm, bias and GeLU, bias, dropout and residual, and the masked softmax, as operations of
+PyTorch's: autograd, ``torch.compile``, fake tensors, export.
 
 All run on PyTorch's current stream of the operands' device. The seed of what is dropped is a
 tensor there: it is drawn without waiting for the GPU, anew in each call of a compiled graph and in
@@ -14,12 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoform.kernels import softmax_launch
+from isoform.kernels import layer_norm_launch, softmax_launch
 from isoform.kernels.fused_launch import MATRICES, Function, dropout, gelu, launch
+from isoform.kernels.layer_norm_launch import LayerNorm
 from isoform.kernels.rotary_launch import Lying
 from isoform.kernels.softmax_launch import Softmax
 from isoform.kernels.torch_library import LIBRARY, operation
 from isoform.reference.contract import dtype_name
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """LayerNorm over the channels."""
+    found: Tensor = layer_norm_forward(x, weight, bias, epsilon)[0]
+    return found
 
 
 def bias_gelu(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
@@ -56,7 +63,7 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, causal: bool, scale: flo
 # --- Launches -------------------------------------------------------------------------------------
 
 
-def _launch(function: Function, **tensors: Tensor) -> None:
+def _launch(function: Function | LayerNorm, **tensors: Tensor) -> None:
     lying = {
         name: _as_matrix(t) if name in MATRICES else t.contiguous() for name, t in tensors.items()
     }
@@ -68,7 +75,13 @@ def _launch(function: Function, **tensors: Tensor) -> None:
         parts.append(out.new_empty(floats, dtype=torch.float32))
         return parts[-1].data_ptr()
 
-    _on_stream(out, lambda where: launch(function, arrays, scratch, where))
+    def launched(where: tuple[int, int]) -> None:
+        if isinstance(function, LayerNorm):
+            layer_norm_launch.launch(function, arrays, scratch, where)
+        else:
+            launch(function, arrays, scratch, where)
+
+    _on_stream(out, launched)
 
 
 def _launch_softmax(softmax: Softmax, mask: Tensor | None = None, **tensors: Tensor) -> None:
@@ -102,6 +115,50 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 def _contiguous(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# --- LayerNorm ------------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    out, statistics = _like_norm(x, weight, bias, epsilon)
+    norm = LayerNorm(epsilon)
+    _launch(norm, x=x, weight=weight, bias=bias, out=out, statistics=statistics)
+    return out, statistics
+
+
+def _like_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return _contiguous(x), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
+
+
+def _norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _like_norm_backward(dout, x, weight, statistics)
+    given = {"dout": dout, "x": x, "weight": weight, "statistics": statistics}
+    _launch(LayerNorm(0.0, backward=True), **given, out=dx, dweight=dweight, dbias=dbias)
+    return dx, dweight, dbias
+
+
+def _like_norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _contiguous(x), _contiguous(weight), _contiguous(weight)
+
+
+layer_norm_forward = operation("layer_norm", _norm, _like_norm)
+layer_norm_backward = operation("layer_norm_backward", _norm_backward, _like_norm_backward)
+
+
+def _keep_for_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, _ = inputs
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(x, weight, statistics)
+
+
+def _differentiate_norm(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *layer_norm_backward(dout, *ctx.saved_tensors), None
 
 
 # --- Bias and GeLU --------------------------------------------------------------------------------
@@ -214,12 +271,13 @@ def _differentiate_softmax(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 def _refuse(ctx: Any, *gradients: Any) -> Any:
     raise NotImplementedError(
-        "isoform.kernels.bias_gelu, bias_dropout_residual and masked_softmax cannot be "
+        "isoform.kernels.layer_norm, bias_gelu, bias_dropout_residual and masked_softmax cannot be "
         "differentiated twice; those of isoform.reference.torch.fused can"
     )
 
 
 for _name, _backward, _keep in (
+    ("layer_norm", _differentiate_norm, _keep_for_norm),
     ("bias_gelu", _differentiate_gelu, _keep_for_gelu),
     ("bias_dropout_residual", _differentiate_dropout, _keep_for_dropout),
     ("masked_softmax", _differentiate_softmax, _keep_for_softmax),

@@ -32,6 +32,7 @@ from isoform.kernels import (
     attention_tensor,
     fused_launch,
     instructions,
+    layer_norm_launch,
     plain,
     rotary_launch,
     softmax_launch,
@@ -119,6 +120,7 @@ def variants() -> list[Variant]:
         *_rotary(),
         *_fused(),
         *_softmax(),
+        *_layer_norm(),
         *_attention(),
     ]
 
@@ -243,6 +245,31 @@ def _softmax() -> Iterator[Variant]:
     yield one("float32", 16384, 4, "sm_90")
 
 
+def _layer_norm() -> Iterator[Variant]:
+    """The widest rows and a model's on each architecture, on one rows of every kind."""
+    for backward in (False, True):
+
+        def one(
+            dtype: str, columns: int, width: int, architecture: str, backward: bool = backward
+        ) -> Variant:
+            norm = layer_norm_launch.LayerNorm(1e-5, backward)
+            how = layer_norm_launch.shared(norm, columns, width)
+            return Variant(norm.source, layer_norm_launch.defines(dtype, width, how), architecture)
+
+        for columns in (2560, 8192):
+            for architecture in ("sm_75", *ARCHITECTURES):
+                yield one("bfloat16", columns, 8, architecture)
+                yield one("float32", columns, 4, architecture)
+            yield one("float16", columns, 8, "sm_90")
+        for width in (1, 2, 4):
+            yield one("bfloat16", 8192, width, "sm_90")
+        for width in (1, 2):
+            yield one("float32", 8192, width, "sm_90")
+        for columns in (128, 1024):
+            yield one("bfloat16", columns, 8, "sm_90")
+            yield one("float32", columns, 4, "sm_90")
+
+
 def _attention() -> Iterator[Variant]:
     """Each head dim with positions on each architecture, and those that models have without them,
     too; the plain kernel in each element type.
@@ -280,8 +307,9 @@ def spills(figures: Figures) -> list[str]:
 
     The inner loops of tensor-core kernels are as fast as registers are, and a tile that does not
     fit is one to be cut smaller in :data:`isoform.kernels.tensor.GEOMETRIES`. The rotary kernel and
-    those of biases are to do nothing with memory but read and write their rows. The plain kernel's
-    figures are recorded, as all are, but it may spill.
+    those of biases and of the softmax are to do nothing with memory but read and write their rows.
+    The figures of the plain kernel and of LayerNorm's, whose backward holds sums besides a row, are
+    recorded, as all are, but they may spill.
     """
     return [
         f"{variant}: {kernel} spills {taken.spill_stores} bytes and reads {taken.spill_loads} back"

@@ -96,6 +96,13 @@ def bias_dropout_residual(x: Any, bias: Any, residual: Any) -> Any:
     return residual + dropout(x + bias, DROPPED, training=True)
 
 
+def our_layer_norm(x: Any, weight: Any, bias: Any) -> Any:
+    """The same by our kernel."""
+    from isoform.kernels import layer_norm
+
+    return layer_norm(x, weight, bias, epsilon=EPSILON)
+
+
 def our_bias_gelu(x: Any, bias: Any) -> Any:
     """The same by our kernel."""
     from isoform.kernels import bias_gelu
@@ -176,7 +183,9 @@ class Operation:
     expected: Callable[[Sequence[Any], Sequence[Any], Any], list[Any]] | None = None
 
 
-LAYER_NORM = Operation(layer_norm, (2, 3), vectors=2, library=library_layer_norm)
+LAYER_NORM = Operation(
+    layer_norm, (2, 3), vectors=2, library=library_layer_norm, ours=our_layer_norm
+)
 RMS_NORM = Operation(rms_norm, (2, 3), vectors=1, library=library_rms_norm)
 BIAS_GELU = Operation(bias_gelu, (2, 3), vectors=1, ours=our_bias_gelu)
 BIAS_DROPOUT_RESIDUAL = Operation(

@@ -8,8 +8,16 @@
 #include "matrix.cuh"
 #include "primitives.cuh"
 
+// Of 16-bit elements as pairs: where ways meet of which one has read them, a compiler would take single
+// ones apart at once, and wait for them.
+#define ISOFORM_PAIRS (ELEMENT != 0 && WIDTH > 1)
+
 struct alignas(WIDTH * sizeof(Element)) Vector {
+#if ISOFORM_PAIRS
+    unsigned pairs[WIDTH / 2];
+#else
     Element at[WIDTH];
+#endif
 };
 
 struct Floats {
@@ -18,11 +26,10 @@ struct Floats {
 
 __device__ inline Floats widened(const Vector &vector) {
     Floats wide;
-#if ELEMENT != 0 && WIDTH > 1
-    const unsigned *const pairs = reinterpret_cast<const unsigned *>(vector.at);
+#if ISOFORM_PAIRS
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; ++i) {
-        const float2 pair = unpack(pairs[i]);
+        const float2 pair = unpack(vector.pairs[i]);
         wide.at[2 * i] = pair.x, wide.at[2 * i + 1] = pair.y;
     }
 #else
@@ -34,10 +41,9 @@ __device__ inline Floats widened(const Vector &vector) {
 
 __device__ inline Vector rounded(const Floats &wide) {
     Vector vector;
-#if ELEMENT != 0 && WIDTH > 1
-    unsigned *const pairs = reinterpret_cast<unsigned *>(vector.at);
+#if ISOFORM_PAIRS
 #pragma unroll
-    for (int i = 0; i < WIDTH / 2; ++i) pairs[i] = pack(wide.at[2 * i], wide.at[2 * i + 1]);
+    for (int i = 0; i < WIDTH / 2; ++i) vector.pairs[i] = pack(wide.at[2 * i], wide.at[2 * i + 1]);
 #else
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) round_to(wide.at[i], &vector.at[i]);
