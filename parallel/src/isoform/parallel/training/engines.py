@@ -304,8 +304,12 @@ class Engine:
         return float(sum(loss.sum().item() for loss in losses))
 
     def _schedule(self, tokens: Tensor, microbatches: int) -> Schedule1F1B:
-        """That of batches of this shape; shapes are said, so that PyTorch does not try a batch."""
-        key = (*tokens.shape, microbatches)
+        """That of batches of this shape; shapes are said, so that PyTorch does not try a batch.
+
+        With gradients and without are two: up to PyTorch 2.11, a stage whose first batch wants no
+        gradient does not pass any back later.
+        """
+        key = (*tokens.shape, microbatches, torch.is_grad_enabled())
         if key not in self._schedules:
             size, length = len(tokens) // microbatches, tokens.shape[1]
             shape = (size, length, self.model.configuration.hidden)
