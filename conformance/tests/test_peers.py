@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 from isoform.conformance.cli import app
 from isoform.conformance.implementation import Implementation
 from isoform.conformance.implementations.torch import aligned as aligned_rows
-from isoform.conformance.implementations.torch import merged
+from isoform.conformance.implementations.torch import merged, score_of
 from isoform.conformance.judge import judge, judge_invalid_calls
 from isoform.conformance.matrix import Record
 from isoform.conformance.operations import CASES, OPERATIONS
@@ -176,6 +177,42 @@ def test_the_single_representation_brings_operands_through_a_layer_norm() -> Non
     single, norm = unit_tokens(11, x)
     normed = torch.nn.functional.layer_norm(single, single.shape[-1:], norm, eps=1e-5)
     torch.testing.assert_close(normed @ as_weight(x).T, x.flatten(1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_score_function_indexes_what_it_was_given_and_does_nothing_else_to_it() -> None:
+    """A bias that is reshaped in it has no gradient: FlexAttention's compiler refuses it."""
+    k, mask = torch.zeros(2, 3, 5, 1, 4), torch.ones(2, 3, 5, dtype=torch.bool)
+    mask_bias = torch.randn(2, 3, 1, 1, 5, requires_grad=True)
+    pair_bias = torch.randn(2, 1, 2, 7, 5, requires_grad=True)
+    score = score_of(k, mask, mask_bias, pair_bias)
+    called: list[str] = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    row, head, query, key = map(torch.tensor, (4, 1, 6, 2))
+    with Watched():
+        found = score(torch.tensor(0.5), row, head, query, key)
+    assert found.item() == pytest.approx(
+        0.5 + (mask_bias[1, 1, 0, 0, 2] + pair_bias[1, 0, 1, 6, 2]).item()
+    )
+    assert {*called} <= {"__getitem__", "tensor", "add", "__floordiv__", "floor_divide", "where"}
+    assert called.count("__getitem__") == 3
+
+
+def test_what_a_block_cannot_hold_is_declined() -> None:
+    """trifast's kernels have a head dim in a block of Triton's, whose sizes are powers of two."""
+    declared = _load(PEERS["trifast"].target, "torch", None).capabilities
+    call = OPERATIONS["evoformer_attention"].call_for(
+        CASES["evoformer/af3-diffusion-small/bf16/ragged-mask"], device="cuda"
+    )
+    assert declared.unsupported_reasons(call) == ("head dim D=48 (powers of two only)",)
+    for D in (16, 32, 64, 128):
+        assert not declared.unsupported_reasons(replace(call, shape=replace(call.shape, D=D)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -203,6 +203,7 @@ def _declared() -> Iterable[str]:
 def _capabilities(one: Implementation) -> Iterable[str]:
     has: Capabilities = one.capabilities
     every = f", multiples of {has.head_dim_multiple}" if has.head_dim_multiple > 1 else ""
+    every += ", powers of two" if has.head_dim_power_of_two else ""
     low, high = has.head_dims
     dims = f"{low} to {high}{every}" if high < 10**6 else f"{low} and up{every}"
     name = "parallel/*" if one.name.startswith("parallel/") else one.name

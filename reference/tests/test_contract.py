@@ -330,6 +330,12 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "head_dims, too large": ({"head_dims": (1, 5)}, {}, ("head dim D=6 (1 to 5 only)",)),
     "head_dims, at either end": ({"head_dims": (6, 6)}, {}, ()),
     "head_dim_multiple": ({"head_dim_multiple": 4}, {}, ("head dim D=6 (multiples of 4 only)",)),
+    "head_dim_power_of_two": (
+        {"head_dim_power_of_two": True},
+        {},
+        ("head dim D=6 (powers of two only)",),
+    ),
+    "a power of two": ({"head_dim_power_of_two": True}, {"shape": replace(SHAPE, D=8)}, ()),
     "min_length of Q": ({"min_length": 6}, {}, ("lengths Q=5, K=7 (at least 6)",)),
     "min_length of K": (
         {"min_length": 4},

@@ -301,6 +301,9 @@ def described(declared: Mapping[str, Any]) -> dict[str, str]:
 
     low, high = declared["head_dims"]
     multiple = declared["head_dim_multiple"]
+    every = f", multiples of {multiple}" if multiple > 1 else ""
+    if declared.get("head_dim_power_of_two"):  # not in what was written before there was any
+        every += ", powers of two"
     signature = SIGNATURES[declared["operation"]]
     attention = {
         "grouped heads": _yes(declared["grouped_heads"]),
@@ -313,7 +316,7 @@ def described(declared: Mapping[str, Any]) -> dict[str, str]:
         "dtypes": _list(declared["dtypes"]),
         "devices": _list(declared["devices"]),
         "architectures": _list(declared["architectures"], "any"),
-        "head dims": f"{low} to {high}" + (f", multiples of {multiple}" if multiple > 1 else ""),
+        "head dims": f"{low} to {high}{every}",
         "lengths": f"from {declared['min_length']}"
         + ("" if declared.get("cross_lengths", True) else ", of queries and keys alike"),
         "operands": _list(declared["operands"]),

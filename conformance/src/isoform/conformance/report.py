@@ -277,5 +277,7 @@ def _in_order(signature: Signature) -> list[str]:
 
 def _head_dims(declared: dict[str, Any]) -> str:
     low, high = declared["head_dims"]
+    if declared.get("head_dim_power_of_two"):  # not in what was written before there was any
+        return f"{low}–{high}, 2ⁿ"
     multiple = declared["head_dim_multiple"]
     return f"{low}–{high}" + (f", ×{multiple}" if multiple > 1 else "")

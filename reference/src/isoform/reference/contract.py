@@ -187,6 +187,7 @@ class Capabilities:
         architectures: GPU architectures that are supported; empty means any.
         head_dims: Smallest and largest D.
         head_dim_multiple: D must be a multiple of this.
+        head_dim_power_of_two: Whether D must be a power of two, as a block of Triton's must.
         min_length: Smallest length, such as Q and K.
         cross_lengths: Whether K may differ from Q.
         operands: Optional operands that may be present, and features that may be asked for.
@@ -204,6 +205,7 @@ class Capabilities:
     architectures: frozenset[str] = frozenset()
     head_dims: tuple[int, int] = (1, 256)
     head_dim_multiple: int = 1
+    head_dim_power_of_two: bool = False
     min_length: int = 0
     cross_lengths: bool = True
     operands: frozenset[str] = frozenset(OPTIONAL_OPERANDS)
@@ -241,6 +243,10 @@ class Capabilities:
             (
                 D % self.head_dim_multiple != 0,
                 f"head dim D={D} (multiples of {self.head_dim_multiple} only)",
+            ),
+            (
+                self.head_dim_power_of_two and D.bit_count() != 1,
+                f"head dim D={D} (powers of two only)",
             ),
             (
                 min(lengths.values()) < self.min_length,

@@ -236,16 +236,23 @@ def merged(
 def score_of(
     k: Tensor, mask: Tensor | None, mask_bias: Tensor | None, pair_bias: Tensor | None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The biases and the mask as a score function of FlexAttention's, whose batch is B·S rows."""
+    """The biases and the mask as a score function of FlexAttention's, whose batch is B·S rows.
+
+    It indexes its tensors as they are: their shapes are changed before. What a compiled score
+    function did to a bias before it indexed it would come between the scattered gradient and the
+    end of its backward, which FlexAttention takes for a tensor that is indexed twice, and refuses.
+    """
     B, S, K = k.shape[:3]
+    row_mask = None if mask is None else mask.reshape(B * S, K)
+    row_bias = None if mask_bias is None else mask_bias.reshape(B * S, K)
 
     def score(s: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        if mask_bias is not None:
-            s = s + mask_bias.reshape(B * S, K)[row, key]
+        if row_bias is not None:
+            s = s + row_bias[row, key]
         if pair_bias is not None:
             s = s + pair_bias[row // S, 0, head, query, key]
-        if mask is not None:
-            s = torch.where(mask.reshape(B * S, K)[row, key], s, -torch.inf)
+        if row_mask is not None:
+            s = torch.where(row_mask[row, key], s, -torch.inf)
         return s
 
     return score

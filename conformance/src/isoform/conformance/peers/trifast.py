@@ -1,7 +1,9 @@
 """trifast's ``triangle_attention``: Triton, for squares of n rows of n queries and n keys.
 
 Its mask is True where a key is *dropped*. Other numbers of rows are brought to squares: rows are
-added until they are a multiple of n, and every n of them are an example.
+added until they are a multiple of n, and every n of them are an example. What a call needs grows
+with n² then, however few rows were asked for. A block of its kernel's holds a whole head dim, which
+Triton takes as a power of two alone.
 """
 
 from __future__ import annotations
@@ -53,14 +55,14 @@ TRIFAST = evoformer_peer(
         dtypes=frozenset({"float16", "bfloat16", "float32"}),
         devices=frozenset({"cuda"}),
         head_dims=(16, 128),
-        head_dim_multiple=16,
+        head_dim_power_of_two=True,
         min_length=1,
         cross_lengths=False,
         operands=frozenset({"mask", "pair_bias", "gate"}),
         gradients=frozenset({"q", "k", "v", "pair_bias", "gate"}),
         grouped_heads=False,
         lse=False,
-        memory="linear",
+        memory="quadratic",
         arithmetic=Arithmetic(probabilities="operand", output="operand", dlogits="operand"),
     ),
     _attend,
