@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tomllib
 
 import pytest
 
 from isoform.conformance.calibrate import _spread, _trusted, calibrate
 from isoform.conformance.case import Case, select
+from isoform.conformance.expected import PATH
 from isoform.conformance.operations import CASES, OPERATIONS
 
 
@@ -27,6 +29,16 @@ def test_a_gpu_is_calibrated_by_those_that_run_on_one() -> None:
     for operation in OPERATIONS:
         assert _trusted(operation, "cuda")
         assert len(_trusted(operation, "cpu")) > len(_trusted(operation, "cuda"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nobody_is_trusted_where_faults_of_theirs_are_known(device: str) -> None:
+    """The errors of a wrong kernel are no measure of what is right."""
+    entries = tomllib.loads(PATH.read_text())["failure"]
+    faulty = {one["implementation"] for one in entries if one.get("device", device) == device}
+    assert faulty
+    for operation in OPERATIONS:
+        assert not faulty & {one.name for one in _trusted(operation, device)}
 
 
 def test_a_device_that_is_not_there() -> None:
