@@ -32,6 +32,7 @@ EMULATED_WHOLE = f"{EMULATED}_WHOLE"  # q and the pair bias in one pass
 EMULATED_WHOLE_CASES = (
     *("evoformer/length-17/*16/mask+pair-bias", "evoformer/lengths-5-300/bf16/mask+pair-bias"),
     *("evoformer/head-dim-16/fp16/mask+pair-bias", "evoformer/operands/bf16/*pair-bias"),
+    "evoformer/values-plain/*16/large-logits",
 )
 EMULATED_CASES = (
     "evoformer/length-17/*/all-*",
@@ -45,6 +46,7 @@ EMULATED_CASES = (
     "evoformer/values/bf16/all-masked",
     "evoformer/values/bf16/garbage-in-dropped",
     "evoformer/values/bf16/minus-inf-bias",
+    "evoformer/values*/fp16/large-logits",
     "evoformer/empty/bf16/*",
     *("rotary/partial-96-24/*", "rotary/partial-127-64/*", "rotary/scaling-partial/*"),
     *("rotary/layout/*", "rotary/layout-partial/*"),

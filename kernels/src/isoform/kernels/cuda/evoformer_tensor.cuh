@@ -18,7 +18,7 @@
 #define BIAS_COLUMNS BLOCK
 #endif
 constexpr int BIAS_PITCH = BIAS_COLUMNS + 8;  // from row to row of a tile of the pair bias
-constexpr float HUGE_LOGIT = 65536.0f;  // beyond it, its product with log₂ e has too few digits
+constexpr float HUGE_LOGIT = 1024.0f;  // beyond it, rounding its product with log₂ e is seen in weights
 
 using BiasRow = Element[BIAS_PITCH];
 
