@@ -32,21 +32,10 @@ TRIANGLE = Shape(1, 512, 512, 512, 4, 4, 32)
 UNGATED = ("q", "k", "v", "mask_bias", "pair_bias")
 
 
-def whole(shape, names=UNGATED, wanted=UNGATED, room=tensor.ROOM, **views):
+def whole(shape, names=UNGATED, wanted=UNGATED, room=tensor.ROOM, multiprocessors=132, **views):
     """The backward on a GPU whose blocks may have so much shared memory."""
-    with pytest.MonkeyPatch.context() as asked:
-        asked.setenv(geometries.ONE_PASS, "1")
-        with geometries.of_device("a GPU", room):
-            return tensor.backward(shape, "bfloat16", lying(shape, names) | views, wanted)
-
-
-def test_one_pass_for_q_and_the_pair_bias_must_be_asked_for(monkeypatch):
-    """Until it has passed the suite on a GPU."""
-    monkeypatch.delenv(geometries.ONE_PASS, raising=False)
-    with geometries.of_device("a GPU", tensor.ROOM):
-        work = tensor.backward(TRIANGLE, "bfloat16", lying(TRIANGLE, UNGATED), UNGATED)
-    assert "backward_query_pair" not in kernels(work)
-    assert "backward_query_pair" in kernels(whole(TRIANGLE))
+    with geometries.of_device("a GPU", room, multiprocessors):
+        return tensor.backward(shape, "bfloat16", lying(shape, names) | views, wanted)
 
 
 def kernels(work):
@@ -134,10 +123,11 @@ FASTER = {
     "odd": Shape(2, 700, 150, 301, 4, 2, 24),
 }
 NOT = {
-    "few rows": ({"S": 256}, {}),
+    "few rows": ({"S": 127}, {}),
     "more keys than fit": ({"K": 513}, {}),
     "a larger head dim": ({"D": 48}, {}),
     "rows that cannot be copied 16 bytes at a time": ({"D": 20}, {}),
+    "rows far apart": ({}, {"k": View(1 << 20, (0, 1 << 40, 1 << 31, 32, 1))}),
     "a gate": ({}, {"names": ALL}),
     "no gradient of q": ({}, {"wanted": ("k", "pair_bias")}),
     "no gradient of the pair bias": ({}, {"wanted": ("q", "k", "v")}),
@@ -158,9 +148,9 @@ def test_one_pass_does_q_and_the_pair_bias(builtin, shape):
     blocks, parts = work.counts["pair_bias_tiles"], work.counts["parts"]
     assert blocks == tiles(shape.Q, geometry.own) * shape.H * shape.B
     assert both.blocks == blocks * parts
-    assert both.threads == (geometry.threads,)
-    keys = both.defines["TILES"] * geometry.block
-    assert shape.K <= keys < shape.K + geometry.block
+    assert both.threads == (32 * both.defines["WARPS"],)
+    keys = both.defines["WARPS"] * both.defines["BLOCK"]
+    assert shape.K <= keys < shape.K + both.defines["BLOCK"]
     assert work.scratch["pair_bias_sums"] == (blocks, geometry.own * keys)
     assert work.scratch["turns"] == (blocks + 1,)
 
@@ -179,9 +169,26 @@ def test_no_gpu_has_room_for_it_unless_it_says_so(builtin):
 @pytest.mark.parametrize("D", tensor.WHOLE)
 def test_one_block_of_it_fits_however_many_keys(D):
     """A kernel declares a few bytes itself."""
-    for count in range(2, 2 + len(tensor.WHOLE[D].held)):
-        defines = tensor.whole_variant(tensor.WHOLE[D], "bfloat16", D, count, WITHOUT_GATE)
+    whole = tensor.WHOLE[D]
+    for K in range(1, whole.keys[1] * whole.warps + 1):
+        defines = tensor.whole_variant(whole, "bfloat16", D, K, WITHOUT_GATE)
         assert defines["SHARED_BYTES"] + 16 <= tensor.ROOM
+        assert defines["WARPS"] * defines["BLOCK"] >= K
+        assert 64 <= 32 * defines["WARPS"] <= 256  # a thread for each query, at least
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 78, 114, 132, 148])
+@pytest.mark.parametrize("shape", FASTER.values(), ids=FASTER)
+def test_blocks_of_it_are_done_at_the_same_time(builtin, shape, multiprocessors):
+    """As far as rows can be shared out: no wave of blocks is nearly empty."""
+    counts = whole(shape, multiprocessors=multiprocessors).counts
+    tiles, parts = counts["pair_bias_tiles"], counts["parts"]
+    assert 1 <= parts <= shape.S // tensor.ROWS
+
+    def rows(parts):
+        return -(-tiles * parts // multiprocessors) * (-(-shape.S // parts) + tensor.START)
+
+    assert rows(parts) == min(rows(other) for other in (1, 2, 3, 4, 8, parts))
 
 
 @pytest.mark.parametrize("axis", ["B", "S", "Q", "H"])
@@ -338,7 +345,7 @@ def test_the_source_asserts_the_shared_memory_that_the_host_asks_for(name, D):
 @needs_a_compiler
 @pytest.mark.parametrize("D", tensor.WHOLE)
 def test_so_does_that_of_the_one_pass_for_two(D):
-    for count in range(2, 2 + len(tensor.WHOLE[D].held)):
+    for count in range(2, tensor.WHOLE[D].warps + 1):
         check(
             tensor.WHOLE_SOURCE,
             defines=tensor.whole_variant(tensor.WHOLE[D], "bfloat16", D, count, WITHOUT_GATE),

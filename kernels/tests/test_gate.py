@@ -10,6 +10,7 @@ from isoform.kernels.gate import Variant
 
 GOOD = Resources(registers=96, shared_bytes=4096, stack_bytes=16)
 RECORDED = {"kernel N=1 sm_80": {"forward": GOOD}}
+WHOLE = tensor.WHOLE_SOURCE
 
 
 def complaints(found, variant="kernel N=1 sm_80"):
@@ -52,10 +53,18 @@ def test_a_spill_of_a_tensor_core_kernel_is_named():
         "evoformer_tensor_forward HEAD_DIM=16 sm_80": {"forward": GOOD},
         "evoformer_tensor_forward HEAD_DIM=32 sm_80": {"forward": spilling},
         "evoformer_plain HEAD_DIM=256 sm_80": {"forward": spilling},
+        f"{WHOLE} HEAD_DIM=32 sm_90": {WHOLE: spilling},
     }
     assert gate.spills(figures) == [
         "evoformer_tensor_forward HEAD_DIM=32 sm_80: forward spills 8 bytes and reads 12 back"
     ]
+
+
+def test_what_is_spilled_once_a_row_is_bounded():
+    most = gate.SPILLED[WHOLE]
+    for spilled, said in ((most, 0), (most + 4, 1)):
+        taken = Resources(registers=255, spill_stores=spilled, spill_loads=spilled)
+        assert len(gate.spills({f"{WHOLE} HEAD_DIM=32 sm_90": {WHOLE: taken}})) == said
 
 
 def test_the_same_or_better_passes():

@@ -8,8 +8,6 @@ Environment:
     ISOFORM_GEOMETRIES: the file, instead of ``geometries.json`` in isoform's cache directory; where
         there is to be one and is none, that is an error. ``builtin``: the built-in ones, whatever
         there is.
-    ISOFORM_ONE_PASS: ``1`` lets ``backward_query_pair`` do dq and dpair_bias in one pass where it
-        can. It has not passed the suite on a GPU yet.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from typing import Any
 from isoform.kernels import compiler
 from isoform.kernels.tensor import (
     GEOMETRIES,
+    MULTIPROCESSORS,
     PASSES,
     ROOM,
     TABLE,
@@ -39,7 +38,6 @@ from isoform.kernels.tensor import (
 
 SCHEMA = 1
 BUILTIN = "builtin"
-ONE_PASS = "ISOFORM_ONE_PASS"
 TUNE = "python -m isoform.kernels.tune"
 
 Table = Mapping[str, Mapping[int, Geometry]]
@@ -78,21 +76,21 @@ def file() -> Path | None:
 
 
 @contextmanager
-def of_device(name: str, room: int) -> Iterator[None]:
+def of_device(name: str, room: int, multiprocessors: int) -> Iterator[None]:
     """While this lasts, passes are cut as was found best on the device ``name``, if anything was,
-    and for blocks that may have ``room`` bytes of shared memory. ``backward_query_pair`` is among
-    them where :data:`ONE_PASS` asks for it.
+    and for blocks that may have ``room`` bytes of shared memory.
 
     Raises:
         GeometriesError: There is a file, and it cannot be read.
     """
     chosen = file()
     table = TABLE.set(merged(_for(chosen, name) if chosen else {}))
-    asked = os.environ.get(ONE_PASS) == "1"
-    wholes = WHOLES.set(WHOLE if asked and room >= ROOM else {})
+    wholes = WHOLES.set(WHOLE if room >= ROOM else {})
+    several = MULTIPROCESSORS.set(multiprocessors)
     try:
         yield
     finally:
+        MULTIPROCESSORS.reset(several)
         WHOLES.reset(wholes)
         TABLE.reset(table)
 

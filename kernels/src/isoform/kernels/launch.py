@@ -134,7 +134,7 @@ def prepared(
         from isoform.kernels.geometries import of_device  # it knows what passes launch
 
         shape, dtype, views = described()
-        with of_device(_device_name(), _device_room()):
+        with of_device(_device_name(), *_device_size()):
             work = one(shape, dtype, views)
         places = tuple(map(struct.place_of, (*views, *work.scratch)))
         return Told(work, struct.pack(shape, views, scale, work.counts), places)
@@ -182,12 +182,12 @@ def _device_name() -> str:
     return name.decode()
 
 
-def _device_room() -> int:
-    """Bytes of shared memory that a block may have on the current device."""
+def _device_size() -> tuple[int, int]:
+    """Bytes of shared memory that a block may have on the current device; its multiprocessors."""
     import cupy
 
-    room: int = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-    return room
+    attributes = cupy.cuda.Device().attributes
+    return attributes["MaxSharedMemoryPerBlockOptin"], attributes["MultiProcessorCount"]
 
 
 @cache

@@ -103,7 +103,7 @@ GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
     },
     "backward_query": {
         16: Geometry(2, 4, 1, 64, 3),
-        32: Geometry(1, 4, 1, 64, 4),
+        32: Geometry(2, 4, 1, 64, 2, 32, 2),
         48: Geometry(2, 4, 1, 64, 2),
         64: Geometry(1, 4, 1, 64, 3),
         96: Geometry(1, 4, 1, 64, 2),
@@ -119,7 +119,7 @@ GEOMETRIES: Mapping[str, Mapping[int, Geometry]] = {
     },
     "backward_key": {
         16: Geometry(2, 4, 1, 64, 2),
-        32: Geometry(2, 4, 1, 64, 2),
+        32: Geometry(2, 4, 1, 64, 2, 32),
         48: Geometry(2, 4, 1, 64, 2),
         64: Geometry(1, 4, 1, 64, 2),
         96: Geometry(1, 4, 1, 32, 2),
@@ -159,39 +159,40 @@ class Whole:
     """How ``backward_query_pair`` cuts its work: a block does some queries and all keys.
 
     Attributes:
-        warps: Groups of 32 queries of a block.
-        groups: Warps that share 32 queries, each with its part of every tile of keys.
-        block: Keys of a tile.
-        held: Of how many tiles the sums of ``dpair_bias`` are in registers, where there are two
-            tiles of keys, three, and so on; those of the others are in shared memory.
+        groups: Of a block's queries, how many times 32.
+        keys: The fewest and the most keys of a warp, which has them to itself: a multiple of 16.
+        warps: The most of a block.
         rows: From how many rows s on it is faster than the two passes, as was measured.
     """
 
-    warps: int
     groups: int
-    block: int
-    held: tuple[int, ...]
+    keys: tuple[int, int]
+    warps: int
     rows: int
 
     @property
     def own(self) -> int:
         """Queries of a block."""
-        return 32 * self.warps
+        return 32 * self.groups
 
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps * self.groups
+    def cut(self, K: int) -> tuple[int, int]:
+        """The keys of a warp, and the warps, for K keys: as many warps as can have some."""
+        fewest, most = self.keys
+        keys = min(max(fewest, -(-K // (16 * self.warps)) * 16), most)
+        return keys, max(2, -(-K // keys))  # two at least: a thread for each query
 
 
 WHOLE_SOURCE = "evoformer_tensor_backward_query_pair"
 WHOLE: Mapping[int, Whole] = {
-    16: Whole(2, 4, 128, (2, 3, 3), 256),
-    32: Whole(2, 4, 64, (2, 3, 4, 4, 3, 3, 4), 512),
+    16: Whole(2, (32, 64), 8, 128),
+    32: Whole(2, (32, 64), 8, 128),
 }
 """By head dim, for ``backward_query_pair``, which does the work of ``backward_query`` and
 ``backward_pair_bias`` where a block holds all keys of its queries: half as many logits are computed
-anew, but one block of a multiprocessor has to wait for what it copies."""
+anew."""
+
+ROWS_OF_CHANNELS = frozenset({"q", "k", "v", "gate", "dout", "out"})
+"""The operands whose last axis is of channels."""
 
 ROOM = 227 << 10
 """Bytes of shared memory that a block of it may need: what an H100 has, and a B200."""
@@ -206,8 +207,11 @@ FILL = 1024
 """Blocks that keep a GPU busy to the end: where ``backward_pair_bias`` has fewer tiles, several
 blocks share one, each a range of rows."""
 
-FILL_WHOLE = 512
-"""The same of ``backward_query_pair``, of whose blocks a multiprocessor has one at a time."""
+MULTIPROCESSORS: ContextVar[int] = ContextVar("MULTIPROCESSORS", default=132)
+"""Of the GPU. One has one block of ``backward_query_pair`` at a time."""
+
+START = 10
+"""How many rows s would take as long as it takes a block of it to begin and to end."""
 
 ROWS = 16
 """The least rows s of a range, of which adding up the sums takes some 5 % then."""
@@ -232,7 +236,7 @@ def backward(
     chosen = choices(shape, operands)
     scratch = {"delta": shape.of("lse")}
     counts: dict[str, int] = {}
-    whole = whole_of(shape, chosen, wanted)
+    whole = whole_of(shape, chosen, wanted, operands)
     if whole is not None:
         launches, more, counts = _whole(whole, shape, dtype, chosen)
         scratch |= more
@@ -264,69 +268,90 @@ def backward(
     return Work(tuple(one for one in launches if one.blocks), scratch, counts)
 
 
-def whole_of(shape: Shape, chosen: Mapping[str, int], wanted: Collection[str]) -> Whole | None:
+def whole_of(
+    shape: Shape, chosen: Mapping[str, int], wanted: Collection[str], operands: Mapping[str, View]
+) -> Whole | None:
     """How ``backward_query_pair`` does q and the pair bias; None where two passes do.
 
-    It does where both are wanted, there is no gate, rows can be copied 16 bytes at a time, and a
-    block has room for the pair bias of all keys; and where it was measured to be faster: of many
-    rows s.
+    It does where both are wanted, there is no gate, rows can be copied 16 bytes at a time and are
+    less than 2^31 elements apart, and a block has room for the pair bias of all keys; and where it
+    was measured to be faster: of many rows s.
     """
     whole = WHOLES.get().get(head_dim(shape.D))
     if whole is None or chosen["GATED"] or not chosen["ALIGNED"]:
         return None
-    fits = whole.block * (len(whole.held) + 1) >= shape.K and whole.rows <= shape.S
-    return whole if fits and {"q", "pair_bias"} <= set(wanted) else None
+    fits = whole.keys[1] * whole.warps >= shape.K and whole.rows <= shape.S
+    both = {"q", "pair_bias"} <= set(wanted)
+    return whole if fits and both and _near(operands) else None
+
+
+def _near(operands: Mapping[str, View]) -> bool:
+    """Whether all steps from row to row of channels are less than 2^31 elements."""
+    return all(
+        abs(step) < 2**31
+        for name in ROWS_OF_CHANNELS & operands.keys()
+        for step in operands[name].strides
+    )
 
 
 def whole_variant(
-    whole: Whole, dtype: str, D: int, tiles: int, chosen: Mapping[str, int]
+    whole: Whole, dtype: str, D: int, K: int, chosen: Mapping[str, int]
 ) -> dict[str, Define]:
-    """The definitions that choose the variant of ``backward_query_pair`` for ``tiles`` of keys."""
-    held = whole.held[tiles - 2]
+    """The definitions that choose the variant of ``backward_query_pair`` for K keys."""
+    keys, warps = whole.cut(K)
     return {
         "ELEMENT": ELEMENTS[dtype],
         "HEAD_DIM": head_dim(D),
         "M_TILES": 2,
-        "WARPS": whole.warps,
+        "WARPS": warps,
         "GROUPS": whole.groups,
-        "BLOCK": whole.block,
+        "BLOCK": keys,
         "CHUNK": 16,
-        "TILES": tiles,
-        "HELD": held,
-        "SHARED_BYTES": _whole_bytes(whole, head_dim(D), tiles, held),
+        "SHARED_BYTES": _whole_bytes(whole.own, keys, warps, head_dim(D)),
         **chosen,
     }
 
 
-def _whole_bytes(whole: Whole, room: int, tiles: int, held: int) -> int:
+def _whole_bytes(own: int, keys: int, warps: int, room: int) -> int:
     """The shared memory of a block of ``backward_query_pair``; the source asserts that it has the
     same idea.
     """
-    own, block, row = whole.own, whole.block, 2 * (room + 8)
-    keys, queries = 6, 16  # bytes that are kept of each
-    pairs = 2 * tiles * block * own + 4 * (tiles - held) * block * own  # biases and sums
-    streams = 2 * 2 * block * row + 5 * own * row
-    parts = 4 * whole.groups * own * (room + 4)
-    places = 8 * (5 * 9 + 3) + 4 * 4
-    return pairs + streams + parts + 4 * own * queries + 4 * tiles * block * keys + places
+    every = warps * keys
+    biases, streams, starts = 2 * own * every, 2 * 2 * room * every, 8 * every
+    rows = own * (5 * 2 * (room + 8) + 4 * 16 + 2 * 12)  # what is kept of queries
+    parts = 4 * warps * own * room
+    places = 8 * (5 * 9 + 1) + 16
+    return biases + streams + starts + rows + parts + places
 
 
 def _whole(
     whole: Whole, shape: Shape, dtype: str, chosen: Mapping[str, int]
 ) -> tuple[list[Launch], dict[str, tuple[int, ...]], dict[str, int]]:
     """The launches of ``backward_query_pair``, their scratch memory and their counts."""
-    blocks = -(-shape.Q // whole.own) * shape.H * shape.B
-    parts = _parts(shape, blocks, FILL_WHOLE)
-    tiles = max(2, -(-shape.K // whole.block))  # two at least: what is read ahead needs them
-    defines = whole_variant(whole, dtype, shape.D, tiles, chosen)
+    tiles = -(-shape.Q // whole.own) * shape.H * shape.B
+    parts = _parts_of_whole(shape.S, tiles)
+    keys, warps = whole.cut(shape.K)
+    defines = whole_variant(whole, dtype, shape.D, shape.K, chosen)
     source, size = WHOLE_SOURCE, int(defines["SHARED_BYTES"])
-    every = Launch(source, defines, source, blocks * parts, (whole.threads,), size)
-    counts = {"parts": parts, "pair_bias_tiles": blocks}
+    every = Launch(source, defines, source, tiles * parts, (32 * warps,), size)
+    counts = {"parts": parts, "pair_bias_tiles": tiles}
     if parts == 1:
         return [every], {}, counts
     first = replace(every, kernel=f"{source}_turns", blocks=1, threads=(256,), shared_bytes=0)
-    sums = whole.own * whole.block * tiles
-    return [first, every], {"pair_bias_sums": (blocks, sums), "turns": (blocks + 1,)}, counts
+    sums = whole.own * keys * warps
+    return [first, every], {"pair_bias_sums": (tiles, sums), "turns": (tiles + 1,)}, counts
+
+
+def _parts_of_whole(S: int, tiles: int) -> int:
+    """How many blocks share the S rows of a tile: so that all are done soonest, one for each
+    multiprocessor at a time.
+    """
+    at_once = MULTIPROCESSORS.get()
+
+    def rows(parts: int) -> int:
+        return -(-tiles * parts // at_once) * (-(-S // parts) + START)
+
+    return min(range(1, max(1, S // ROWS) + 1), key=rows)
 
 
 def head_dim(D: int) -> int:
@@ -354,7 +379,7 @@ def shared_bytes(name: str, D: int, *, gated: bool) -> int:
             return kept * rows * own * row + 2 * streams + 4 * rows * block * key
         case "backward_key":
             streams = (2 + gated) * rows * block * row + block * bias
-            return 2 * rows * own * row + 2 * streams + 4 * rows * block * query
+            return 2 * rows * own * row + 2 * streams + 4 * rows * (block * (query + 12) + 16)
         case _:
             streams = (2 + gated) * own * row + 2 * block * row
             return 2 * streams + own * bias + 4 * own * query + 4 * block * key
@@ -403,7 +428,7 @@ def choices(shape: Shape, operands: Mapping[str, View]) -> dict[str, int]:
         *strides, last = view.strides
         return view.pointer % 16 == 0 and last == 1 and all(step % 8 == 0 for step in strides)
 
-    rows = (operands[name] for name in ("q", "k", "v", "gate", "dout", "out") if name in operands)
+    rows = (operands[name] for name in ROWS_OF_CHANNELS & operands.keys())
     bias = operands.get("pair_bias")
     return {
         "MASK_BIAS": int("mask_bias" in operands),

@@ -53,6 +53,8 @@ template <int SIZE, int COLUMNS, int THREADS, bool BY_16_BYTES>
 struct Stream {
     static constexpr int PIECES = COLUMNS / 8;
     static constexpr int PASS = THREADS / PIECES;
+    static constexpr int PASSES = (SIZE + PASS - 1) / PASS;
+    static_assert(PASSES <= 32, "a bit for each");
 
     const Element *next;  // the thread's first piece of the next tile
     int64 step, pass, stride;
@@ -66,19 +68,34 @@ struct Stream {
         if (THREADS % PIECES != 0 && row >= PASS) row = SIZE;  // nothing to do
     }
 
-    // Starts to copy the next tile: `count` of eight elements, of the rows that are wanted, and zeros
-    // elsewhere. What is not copied is not even read: a dropped key may hold NaN (rule EVO-4).
-    template <int PITCH_, class Wanted>
-    __device__ void load(Element (*tile)[PITCH_], int count, Wanted wanted) {
+    // A bit for each of the thread's rows: whether it is `wanted`.
+    template <class Wanted>
+    __device__ unsigned rows_of(const Wanted &wanted) const {
+        unsigned rows = 0;
+#pragma unroll
+        for (int n = 0; n < PASSES; ++n)
+            if (is_there(n) && wanted(row + n * PASS)) rows |= 1u << n;
+        return rows;
+    }
+
+    // Starts to copy the next tile: `count` of eight elements, of those `rows`, and zeros elsewhere.
+    // What is not copied is not even read: a dropped key may hold NaN (rule EVO-4).
+    template <int PITCH_>
+    __device__ void load(Element (*tile)[PITCH_], int count, unsigned rows) {
         const Element *from = next;
 #pragma unroll
-        for (int n = 0; n < (SIZE + PASS - 1) / PASS; ++n) {
-            const int at = row + n * PASS;
-            if ((SIZE % PASS != 0 || THREADS % PIECES != 0) && at >= SIZE) break;
-            copy_piece<BY_16_BYTES>(tile[at] + column, from, stride, wanted(at) ? count : 0);
+        for (int n = 0; n < PASSES; ++n) {
+            if (!is_there(n)) break;
+            copy_piece<BY_16_BYTES>(tile[row + n * PASS] + column, from, stride,
+                                    (rows >> n & 1) != 0 ? count : 0);
             from += pass;
         }
         next += step;
+    }
+
+  private:
+    __device__ bool is_there(int n) const {
+        return (SIZE % PASS == 0 && THREADS % PIECES == 0) || row + n * PASS < SIZE;
     }
 };
 
@@ -94,9 +111,11 @@ struct RowStream : Stream<SIZE, HEAD_DIM, THREADS, ALIGNED> {
                                                    SIZE * x.stride[2], thread),
           count(clamp(a.D - this->column, 0, 8)) {}
 
+    __device__ void operator()(Row *tile, unsigned rows) { this->load(tile, count, rows); }
+
     template <class Wanted>
-    __device__ void operator()(Row *tile, Wanted wanted) {
-        this->load(tile, count, wanted);
+    __device__ void operator()(Row *tile, const Wanted &wanted) {
+        (*this)(tile, this->rows_of(wanted));
     }
 };
 
@@ -117,7 +136,8 @@ struct PairBiasStream : Stream<SIZE, BIAS_COLUMNS, THREADS, ALIGNED_BIAS> {
 
     __device__ void operator()(BiasRow *tile) {
         const int rows = queries, first = this->row;
-        this->load(tile, clamp(keys, 0, 8), [=](int at) { return at - first < rows; });
+        this->load(tile, clamp(keys, 0, 8),
+                   this->rows_of([=](int at) { return at - first < rows; }));
         if (NEXT_KEYS)
             keys -= BIAS_COLUMNS;
         else
@@ -448,34 +468,46 @@ __device__ inline void keep_softmax(const EvoformerArguments &a, int64 n, float 
     a.total_more[n] = static_cast<uint8>(code >> 16);
 }
 
-struct Softmax {
-    float top, total;
+// As it is kept, so that nobody waits for it who does not need it yet.
+struct KeptSoftmax {
+    float top;
+    uint16 code;
+    uint8 more;
+
+    __device__ float total() const {
+        return 1.0f + __uint_as_float((code | static_cast<unsigned>(more) << 16) << 8);
+    }
 };
 
-__device__ inline Softmax kept_softmax(const EvoformerArguments &a, int64 n) {
-    const unsigned code = a.total_code[n] | static_cast<unsigned>(a.total_more[n]) << 16;
-    return {a.top[n], 1.0f + __uint_as_float(code << 8)};
+__device__ inline KeptSoftmax kept_softmax(const EvoformerArguments &a, int64 n) {
+    return {a.top[n], a.total_code[n], a.total_more[n]};
 }
+
+// Of a query that is not there, or without a key: total is 0.
+__device__ inline KeptSoftmax no_softmax(float top) { return {top, 0x8000u, 0xbfu}; }
 
 // What the backward must know of a query besides q and ō. Of one without a key, all are 0 but top.
 struct alignas(16) Query {
     float top, shift, inverse, delta;  // inverse = 1 / Σ_j e^(s_ij − top)
 };
 
-// As it came, so that nobody waits for it who does not need it yet.
 struct RawQuery {
-    float top, total, delta;
+    KeptSoftmax softmax;
+    float delta;
 };
 
 __device__ inline RawQuery read_query(const EvoformerArguments &a, const Head &at, bool there,
                                       int64 i) {
-    if (!there || i >= a.Q) return {0.0f, 0.0f, 0.0f};
+    if (!there || i >= a.Q) return {no_softmax(0.0f), 0.0f};
     const int64 n = number_of(a, at, i);
-    const Softmax softmax = kept_softmax(a, n);
-    return {softmax.top, softmax.total, a.delta[n]};
+    return {kept_softmax(a, n), a.delta[n]};
+}
+
+__device__ inline Query finished(float top, float total, float delta) {
+    if (total == 0.0f) return {0.0f, 0.0f, 0.0f, 0.0f};
+    return {top, top == -infinity() ? 0.0f : top * LOG2_E, 1.0f / total, delta};
 }
 
 __device__ inline Query finished(const RawQuery &raw) {
-    if (raw.total == 0.0f) return {0.0f, 0.0f, 0.0f, 0.0f};
-    return {raw.top, raw.top == -infinity() ? 0.0f : raw.top * LOG2_E, 1.0f / raw.total, raw.delta};
+    return finished(raw.softmax.top, raw.softmax.total(), raw.delta);
 }

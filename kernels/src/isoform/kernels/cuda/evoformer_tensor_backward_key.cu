@@ -22,36 +22,59 @@ struct Stage {
     BiasRow pair_bias[BLOCK];
 };
 
+// A tile of queries, and again what all logits need, as they need it.
+struct Queries {
+    Query of[BLOCK];
+    float4 minus_delta[BLOCK / 2];  // of two queries, twice, as accumulators begin
+    float shift[BLOCK];             // with the logarithm of total: weights need not be divided by it
+    alignas(16) unsigned char kinds[16];  // of each 32: ANY if one has a key, HUGE if one has such logits
+};
+static_assert(BLOCK % 32 == 0 && BLOCK / 32 <= 16, "a warp looks after 32 queries");
+constexpr unsigned ANY = 1, HUGE = 2;
+
 struct Shared {
     Row k[ROWS][KEYS], v[ROWS][KEYS];
     Stage stage[2];
-    Query queries[4][ROWS][BLOCK];
+    Queries queries[4][ROWS];
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
 
-// Logits s, without the pair bias, become weights p, and dp the logits' gradients p (dp − δ).
+// Logits s become weights p, and dp − δ the logits' gradients p (dp − δ).
 template <bool EXACT>
 __device__ void differentiate(float (&s)[M_TILES][CHUNK / 8][4],
-                              float (&dp)[M_TILES][CHUNK / 8][4], const Query *queries) {
+                              float (&dp)[M_TILES][CHUNK / 8][4], const Queries &queries,
+                              int first) {
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; ++n) {
-        Query query[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const float4 x =
-                *reinterpret_cast<const float4 *>(&queries[8 * n + 2 * (lane() % 4) + e]);
-            query[e] = {x.x, x.y, x.z, x.w};
-        }
+        const int column = first + 8 * n + 2 * (lane() % 4);
+        const float2 shift = *reinterpret_cast<const float2 *>(queries.shift + column);
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const Query &at = query[e % 2];
-                s[m][n][e] = exponential<EXACT>(s[m][n][e], at.top, at.shift) * at.inverse;
-                dp[m][n][e] = s[m][n][e] * (dp[m][n][e] - at.delta);
+                if (EXACT) {
+                    const Query &at = queries.of[column + e % 2];
+                    s[m][n][e] = exponential<true>(s[m][n][e], at.top, at.shift) * at.inverse;
+                } else {
+                    s[m][n][e] =
+                        exponential<false>(s[m][n][e], 0.0f, e % 2 == 0 ? shift.x : shift.y);
+                }
+                dp[m][n][e] *= s[m][n][e];
             }
     }
+}
+
+__device__ inline void write_query(Queries &queries, int i, const RawQuery &raw) {
+    const Query query = finished(raw);
+    queries.of[i] = query;
+    // One without a key has no weights.
+    queries.shift[i] = query.inverse == 0.0f ? infinity() : query.shift + log2f(raw.softmax.total());
+    float *start = reinterpret_cast<float *>(&queries.minus_delta[i / 2]) + i % 2;
+    start[0] = start[2] = -query.delta;
+    const bool any = __any_sync(ALL_LANES, query.inverse != 0.0f);
+    const bool huge = __any_sync(ALL_LANES, fabsf(query.top) > HUGE_LOGIT);
+    if (i % 32 == 0) queries.kinds[i / 32] = (any ? ANY : 0) | (huge ? HUGE : 0);
 }
 
 // What a warp holds of its keys, and sums for them.
@@ -65,10 +88,17 @@ struct Own {
     // Adds a tile of queries.
     template <bool EXACT>
     __device__ void add(const Row *q, const Row *cotangent, const BiasRow *pair_bias, int column,
-                        const Query *queries, float scale) {
+                        const Queries &queries, float scale) {
 #pragma unroll UNROLL
         for (int first = 0; first < BLOCK; first += CHUNK) {
-            float s[M_TILES][CHUNK / 8][4] = {}, dp[M_TILES][CHUNK / 8][4] = {};
+            float s[M_TILES][CHUNK / 8][4] = {}, dp[M_TILES][CHUNK / 8][4];
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n) {
+                const float4 x = queries.minus_delta[first / 2 + 4 * n + lane() % 4];
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m)
+                    dp[m][n][0] = x.x, dp[m][n][1] = x.y, dp[m][n][2] = x.z, dp[m][n][3] = x.w;
+            }
             if constexpr (RELOAD)
                 multiply_over_channels(s, rows, q + first);
             else
@@ -78,7 +108,7 @@ struct Own {
                 multiply_over_channels(dp, rows + VALUES, cotangent + first);
             else
                 multiply_over_channels(dp, v, cotangent + first);
-            differentiate<EXACT>(s, dp, queries + first);
+            differentiate<EXACT>(s, dp, queries, first);
             multiply_over_rows(dv, s, cotangent + first);
             if (MASK_BIAS) {
 #pragma unroll
@@ -139,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int warp = threadIdx.x / 32, r = warp / WARPS, w = warp % WARPS;
     const int thread = threadIdx.x % (32 * WARPS);  // among those of row r
 
-    Tiles block = {static_cast<int64>(blockIdx.x)};
+    Blocks block = {blockIdx.x};
     const int64 first_key = block.next(tiles_of(a.K, KEYS)) * KEYS;
     const int64 own_key = first_key + w * OWN;
     Head group;  // h is the key/value head here
@@ -185,12 +215,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
             load_pair_bias = BiasStream(a, at, first, first_key, threadIdx.x);
         }
-        const Query *queries = shared.queries[t % 4][r];
+        const Query *queries = shared.queries[t % 4][r].of;
         const auto wanted = [&](int row) { return queries[row].inverse != 0.0f; };
-        load_q(stage.q[r], wanted);
-        load_cotangent(stage.cotangent[r], wanted);
+        const unsigned rows = load_q.rows_of(wanted);
+        load_q(stage.q[r], rows);
+        load_cotangent(stage.cotangent[r], rows);
 #if GATED
-        load_gate(stage.gate[r], wanted);
+        load_gate(stage.gate[r], rows);
 #endif
         if (PAIR_BIAS) load_pair_bias(stage.pair_bias);
     };
@@ -199,8 +230,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     RowStream<OWN, 32>(a, a.k, group, own_key, lane())(own_k, wanted);
     RowStream<OWN, 32>(a, a.v, group, own_key, lane())(own_v, wanted);
     if (thread < BLOCK) {
-        shared.queries[0][r][thread] = finished(read_queries(0));
-        shared.queries[1][r][thread] = finished(read_queries(1));
+        write_query(shared.queries[0][r], thread, read_queries(0));
+        write_query(shared.queries[1][r], thread, read_queries(1));
     }
     __syncthreads();
     if (tiles > 0) load_tile(0);
@@ -233,16 +264,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         cp_async_commit();
         const RawQuery ahead = read_queries(t + 2);
 
-        const Query *queries = shared.queries[t % 4][r];
-        bool any = false, exact = false;
+        const Queries &queries = shared.queries[t % 4][r];
+        unsigned kinds = 0;
 #pragma unroll
-        for (int i = 0; i < BLOCK; i += 32) {
-            any |= queries[i + lane()].inverse != 0.0f;
-            exact |= fabsf(queries[i + lane()].top) > HUGE_LOGIT;
-        }
-        exact = __any_sync(ALL_LANES, exact);
-        if (__any_sync(ALL_LANES, any)) {
-            if (exact) {
+        for (int i = 0; i < BLOCK / 32; ++i) kinds |= queries.kinds[i];
+        if ((kinds & ANY) != 0) {
+            if ((kinds & HUGE) != 0) {
                 rarely();
                 work.template add<true>(stage.q[r], stage.cotangent[r], stage.pair_bias, w * OWN,
                                         queries, a.scale);
@@ -250,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 work.template add<false>(stage.q[r], stage.cotangent[r], stage.pair_bias, w * OWN,
                                          queries, a.scale);
         }
-        if (thread < BLOCK) shared.queries[(t + 2) % 4][r][thread] = finished(ahead);
+        if (thread < BLOCK) write_query(shared.queries[(t + 2) % 4][r], thread, ahead);
     }
     if (!present) return;
     cp_async_wait<0>();  // of own_k and own_v, where there is no tile

@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __shared__ int number;
     const int thread = threadIdx.x, w = threadIdx.x / 32;
 
-    Tiles block = {static_cast<int64>(blockIdx.x)};
+    Blocks block = {blockIdx.x};
     if (a.parts > 1) {
         if (thread == 0) number = atomicAdd(a.turns + a.pair_bias_tiles, 1);
         __syncthreads();
@@ -120,15 +120,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         Stage &stage = shared.stage[s % 2];
         const unsigned short *kept = shared.keys[s % 4].kept;
         const Query *queries = shared.queries[s % 4];
-        const auto wanted_key = [&](int row) { return kept[row] != 0; };
-        const auto wanted_query = [&](int row) { return queries[row].inverse != 0.0f; };
-        queries_of(a.q, s)(stage.q, wanted_query);
-        queries_of(a.dout, s)(stage.cotangent, wanted_query);
+        auto load_q = queries_of(a.q, s);
+        const unsigned query_rows =
+            load_q.rows_of([&](int row) { return queries[row].inverse != 0.0f; });
+        load_q(stage.q, query_rows);
+        queries_of(a.dout, s)(stage.cotangent, query_rows);
 #if GATED
-        queries_of(a.gate, s)(stage.gate, wanted_query);
+        queries_of(a.gate, s)(stage.gate, query_rows);
 #endif
-        keys_of(a.k, s)(stage.k, wanted_key);
-        keys_of(a.v, s)(stage.v, wanted_key);
+        auto load_k = keys_of(a.k, s);
+        const unsigned key_rows = load_k.rows_of([&](int row) { return kept[row] != 0; });
+        load_k(stage.k, key_rows);
+        keys_of(a.v, s)(stage.v, key_rows);
     };
 
     PairBiasStream<QUERIES, THREADS, true>(a, at, first_query, first_key, thread)(shared.pair_bias);

@@ -173,9 +173,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             load_v = Rows(a, a.v, group, 0, thread);
             load_pair_bias = BiasStream(a, at, first_query, 0, threadIdx.x);
         }
-        const auto wanted = [&](int row) { return kept[row] != 0; };
-        load_k(stage.k[r], wanted);
-        load_v(stage.v[r], wanted);
+        const unsigned rows = load_k.rows_of([&](int row) { return kept[row] != 0; });
+        load_k(stage.k[r], rows);
+        load_v(stage.v[r], rows);
         if (PAIR_BIAS) load_pair_bias(stage.pair_bias);
     };
 
@@ -197,8 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const int row = 16 * m + lane() / 4 + 8 * half;
             const bool is_there = there(row);
             const int64 n = is_there ? number_of(a, at, own_query + row) : 0;
-            const Softmax kept = is_there ? kept_softmax(a, n) : Softmax{-infinity(), 0.0f};
-            top[m][half] = kept.top, total[m][half] = kept.total;
+            const KeptSoftmax kept = is_there ? kept_softmax(a, n) : no_softmax(-infinity());
+            top[m][half] = kept.top, total[m][half] = kept.total();
             shift[m][half] = top[m][half] == -infinity() ? 0.0f : top[m][half] * LOG2_E;
             delta[m][half] = 0.0f;
             exact |= fabsf(top[m][half]) > HUGE_LOGIT && top[m][half] != -infinity();

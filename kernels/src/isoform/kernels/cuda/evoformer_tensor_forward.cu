@@ -127,13 +127,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int warp = threadIdx.x / 32, r = warp / WARPS, w = warp % WARPS;
     const int thread = threadIdx.x % (32 * WARPS);  // among those of row r
 
-    Tiles block = {static_cast<int64>(blockIdx.x)};
+#if GATED
+    Tiles block = {static_cast<int64>(blockIdx.x)};  // shorter ones would make the compiler spill
+#else
+    Blocks block = {blockIdx.x};
+#endif
     const int64 first_query = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
     const int64 own_query = first_query + w * OWN;
     Head at;
     at.h = block.next(a.H), at.s = block.next(tiles_of(a.S, ROWS)) * ROWS + r, at.b = block.rest;
     const bool present = at.s < a.S;
+#if GATED
     const Head group = group_of(a, at);
+#else
+    const Head group = a.H == a.G ? at : group_of(a, at);  // which divides
+#endif
     Row *own = shared.own[r] + w * OWN;
 
     const auto there = [&](int row) { return present && own_query + row < a.Q; };
@@ -147,9 +155,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const auto load_tile = [&](int t) {
         Stage &stage = shared.stage[t % 2];
         const unsigned short *kept = shared.keys[t % 4][r].kept;
-        const auto wanted = [&](int row) { return kept[row] != 0; };
-        load_k(stage.k[r], wanted);
-        load_v(stage.v[r], wanted);
+        const unsigned rows = load_k.rows_of([&](int row) { return kept[row] != 0; });
+        load_k(stage.k[r], rows);
+        load_v(stage.v[r], rows);
         if (PAIR_BIAS) load_pair_bias(stage.pair_bias);
     };
 

@@ -71,9 +71,22 @@ __device__ inline unsigned pack(float low, float high) {
 __device__ inline float exp2_approximate(float x) { return exp2f(x); }
 __device__ inline void rarely() {}
 __device__ inline int unknown_zero() { return 0; }
+using SharedAddress = const unsigned char *;
+__device__ inline SharedAddress shared_address(const void *place) {
+    return static_cast<SharedAddress>(place);
+}
+__device__ inline SharedAddress here(SharedAddress place) { return place; }
 #else
-__device__ inline unsigned shared_address(const void *place) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(place));
+using SharedAddress = unsigned;
+__device__ inline SharedAddress shared_address(const void *place) {
+    return static_cast<SharedAddress>(__cvta_generic_to_shared(place));
+}
+
+// The same, but the compiler is not to know: what is a known distance away is reached from here, and
+// does not take a register of its own.
+__device__ inline SharedAddress here(SharedAddress place) {
+    asm volatile("" : "+r"(place));
+    return place;
 }
 
 // result = start + A B for a 16 × 16 tile A and a 16 × 8 tile B; `start` keeps its registers.
@@ -102,16 +115,24 @@ __device__ inline void mma_m16n8k16(float (&accumulator)[4], const unsigned (&a)
 }
 
 // Four 8 × 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
-__device__ inline void ldmatrix_x4(unsigned (&matrices)[4], const void *row) {
+__device__ inline void ldmatrix_x4(unsigned (&matrices)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                 : "r"(shared_address(row)));
+                 : "r"(row));
+}
+
+__device__ inline void ldmatrix_x4(unsigned (&matrices)[4], const void *row) {
+    ldmatrix_x4(matrices, shared_address(row));
+}
+
+__device__ inline void ldmatrix_x4_trans(unsigned (&matrices)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(row));
 }
 
 __device__ inline void ldmatrix_x4_trans(unsigned (&matrices)[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                 : "r"(shared_address(row)));
+    ldmatrix_x4_trans(matrices, shared_address(row));
 }
 
 // Copies 16 bytes to shared memory, or zeros where they are not wanted, and then reads nothing.
