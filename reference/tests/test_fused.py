@@ -304,7 +304,7 @@ def test_softmax_of_each_dtype_is_rounded_once(library, dtype):
         found = reference.masked_softmax(given, causal=True, scale=3.0)
         assert found.dtype == given.dtype
         found = found.float().numpy()
-    unit = 2.0**-15 if dtype == "float32" else ml_dtypes.finfo(narrow).eps
+    unit = 2.0**-15 if dtype == "float32" else float(ml_dtypes.finfo(narrow).eps)
     np.testing.assert_allclose(found.astype("f8"), wanted, rtol=unit, atol=2.0**-24)
 
 
