@@ -232,6 +232,47 @@ def test_after_a_fault_the_program_runs_again(tmp_path: Path) -> None:
     assert run(sometimes, "sometimes", NUMBERS, target).all()
 
 
+def maps() -> int:
+    """Pieces of memory that the process has mapped."""
+    return len(Path("/proc/self/maps").read_text("ascii").splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+def test_a_launch_gives_its_stacks_back_however_it_ends(tmp_path: Path) -> None:
+    """A process may have some 65,000 maps, and a thread's stack is two."""
+    source = """
+    KERNEL(sometimes) {
+        if (arguments.size == 1 && threadIdx.x == 0) return;
+        __syncthreads();
+    }"""
+    sometimes = program(tmp_path, source)
+    run(sometimes, "sometimes", NUMBERS, NUMBERS)
+    before = maps()
+    run(sometimes, "sometimes", NUMBERS, NUMBERS)
+    with pytest.raises(KernelFault):
+        run(sometimes, "sometimes", NUMBERS[:1], NUMBERS)
+    assert maps() < before + 32
+    for n in range(3):
+        other = program(tmp_path, f"{source}\n// {n}")
+        run(other, "sometimes", NUMBERS, NUMBERS)
+    assert maps() < before + 128  # a library is a few; the stacks of one launch are 256
+
+
+def test_no_memory_for_stacks_is_an_error(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="no limits can be set here")
+    added = program(tmp_path, SUM)
+    before = run(added, "sum", NUMBERS, np.zeros(128, np.float32))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), hard))
+    try:
+        with pytest.raises(KernelFault, match="has no stack"):
+            run(added, "sum", NUMBERS, np.zeros(128, np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    np.testing.assert_array_equal(run(added, "sum", NUMBERS, np.zeros(128, np.float32)), before)
+
+
 def test_warp_operations(tmp_path: Path) -> None:
     source = """
     KERNEL(warp) {

@@ -326,7 +326,10 @@ inline void run_block(Turns& turns) {
         thread.state = State::ready;
         thread.copy_groups = 0;
         thread.copies.clear();
-        prepare(thread.fiber, run_thread, i);
+        if (!prepare(thread.fiber, run_thread, i)) {
+            fail(described(thread) + " has no stack: the process has no memory, or no maps, left");
+            return;
+        }
     }
     while (block.returned < block.threads && !block.failed) {
         bool progress = false;
@@ -348,6 +351,15 @@ inline void run_block(Turns& turns) {
     }
 }
 
+// Takes back the stacks of a launch, however it ends.
+struct Stacks {
+    ~Stacks() {
+        for (Thread& thread : threads) {
+            take_stack(thread.fiber);
+        }
+    }
+};
+
 // Run a grid, block after block.
 inline void run_grid(void (*kernel)(const void*), const void* arguments, dim3 grid, dim3 threads,
                      std::size_t dynamic_bytes, std::int64_t order) {
@@ -357,6 +369,7 @@ inline void run_grid(void (*kernel)(const void*), const void* arguments, dim3 gr
     block.kernel = kernel;
     block.arguments = arguments;
     block.failed = false;
+    const Stacks stacks;
 #if defined(ISOFORM_ADDRESS_SANITIZER)
     ASAN_UNPOISON_MEMORY_REGION(isoform_dynamic_shared, MAX_DYNAMIC_SHARED);  // as the last left it
 #endif

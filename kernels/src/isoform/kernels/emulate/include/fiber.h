@@ -107,22 +107,40 @@ static const void* scheduler_stack;
 static std::size_t scheduler_stack_bytes;
 #endif
 
-// A stack is made at a fiber's first use and kept. Running past its end hits unmapped memory.
-inline void give_stack(Fiber& fiber) {
+// A stack is made at a fiber's first use in a launch; false where there is no memory for it. Running
+// past its end hits unmapped memory.
+inline bool give_stack(Fiber& fiber) {
     if (fiber.stack != nullptr) {
-        return;
+        return true;
     }
     void* memory = mmap(nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, GUARD_BYTES, PROT_NONE) != 0) {
-        std::abort();
+    if (memory == MAP_FAILED) {
+        return false;
     }
     fiber.stack = static_cast<char*>(memory) + GUARD_BYTES;
+    return mprotect(memory, GUARD_BYTES, PROT_NONE) == 0;
 }
 
-// Lay out the stack as if `entry` had just been called; `entry` must never return.
-inline void prepare(Fiber& fiber, void (*entry)(), unsigned number) {
-    give_stack(fiber);
+// Every library has stacks of its own, of two maps each, and a process may have some 65,000 maps: kept
+// until the end, the stacks of a hundred variants would be all of them.
+inline void take_stack(Fiber& fiber) {
+    if (fiber.stack == nullptr) {
+        return;
+    }
+#if defined(ISOFORM_ADDRESS_SANITIZER)
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack, STACK_BYTES);
+#endif
+    munmap(fiber.stack - GUARD_BYTES, GUARD_BYTES + STACK_BYTES);
+    fiber.stack = nullptr;
+}
+
+// Lay out the stack as if `entry` had just been called; `entry` must never return. False where there
+// is no memory for a stack.
+inline bool prepare(Fiber& fiber, void (*entry)(), unsigned number) {
+    if (!give_stack(fiber)) {
+        return false;
+    }
 #if defined(ISOFORM_ADDRESS_SANITIZER)
     ASAN_UNPOISON_MEMORY_REGION(fiber.stack, STACK_BYTES);
     fiber.sanitizer_stack = nullptr;
@@ -141,6 +159,7 @@ inline void prepare(Fiber& fiber, void (*entry)(), unsigned number) {
     words[11] = reinterpret_cast<std::uintptr_t>(entry);  // x30, where `ret` goes
 #endif
     fiber.stack_pointer = words;
+    return true;
 }
 
 // From the scheduler to the fiber, until it suspends.
