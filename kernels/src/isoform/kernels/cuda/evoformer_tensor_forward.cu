@@ -137,11 +137,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Head at;
     at.h = block.next(a.H), at.s = block.next(tiles_of(a.S, ROWS)) * ROWS + r, at.b = block.rest;
     const bool present = at.s < a.S;
-#if GATED
-    const Head group = group_of(a, at);
-#else
-    const Head group = a.H == a.G ? at : group_of(a, at);  // which divides
-#endif
+    // To find it takes divisions, and elsewhere registers.
+    const Head group = !GATED && a.H == a.G ? at : group_of(a, at);
     Row *own = shared.own[r] + w * OWN;
 
     const auto there = [&](int row) { return present && own_query + row < a.Q; };
