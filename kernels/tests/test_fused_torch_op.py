@@ -28,7 +28,6 @@ from isoform.kernels import (  # noqa: E402
     layer_norm,
     layer_norm_launch,
     masked_softmax,
-    softmax_launch,
 )
 from isoform.kernels.launch import Told  # noqa: E402
 from isoform.reference.contract import Unsupported  # noqa: E402
@@ -334,8 +333,6 @@ def emulated(monkeypatch):
         return known[key]
 
     monkeypatch.setattr(fused_launch, "kept", kept)
-    monkeypatch.setattr(softmax_launch, "kept", kept)
-    monkeypatch.setattr(layer_norm_launch, "kept", kept)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     return known

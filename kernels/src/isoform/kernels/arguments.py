@@ -110,9 +110,13 @@ class Struct:
 
     def place_of(self, name: str) -> int:
         """Where the pointer of an array or of scratch memory is in the struct, in bytes."""
-        fields = self.dtype.fields
-        assert fields is not None
-        return int(fields[name][1])
+        return place_in(self.dtype, name)
+
+
+def place_in(struct: np.dtype[Any], name: str) -> int:
+    """Where a field is in a struct, in bytes."""
+    assert struct.fields is not None
+    return int(struct.fields[name][1])
 
 
 EVOFORMER = Struct(AXES, (*OPERANDS, *GRADIENTS), 5, SCRATCH, COUNTS)

@@ -8,12 +8,13 @@ elsewhere, as the emulator does, decides alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from isoform.kernels.arguments import place_in
 from isoform.kernels.compiler import Define
 from isoform.kernels.launch import Launch, Told, Work, kept
 from isoform.kernels.plain import ELEMENTS
@@ -95,9 +96,28 @@ def launch(function: Function, arrays: Mapping[str, Lying], scratch: Any, where:
         scratch: Gives the address of scratch memory, of so many floats.
         where: The current device, and the stream's address.
     """
+    start(function, lambda: told(function, arrays), arrays, scratch, where)
+
+
+def start(
+    what: Hashable,
+    told: Callable[[], Told],
+    arrays: Mapping[str, Lying],
+    scratch: Any,
+    where: tuple[int, int],
+) -> None:
+    """Launch what has been told of such a call, which is asked only if the call is new.
+
+    Args:
+        what: What is computed: all of it that is no array.
+        told: Says what the call launches, with places of the arrays, then of scratch memory.
+        arrays: Those of the call, by name.
+        scratch: Gives the address of scratch memory, of so many floats; not called where none is
+            wanted.
+        where: The current device, and the stream's address.
+    """
     device, stream = where
-    key = (function, device, *((name, x.placed) for name, x in arrays.items()))
-    ready = kept(key, lambda: told(function, arrays))
+    ready = kept((what, device, *((name, x.placed) for name, x in arrays.items())), told)
     parts = [scratch(math.prod(shape)) for shape in ready.scratch.values()]
     ready.launch([*(x.pointer for x in arrays.values()), *parts], stream)
 
@@ -110,30 +130,39 @@ def told(function: Function, arrays: Mapping[str, Lying]) -> Told:
     chunks = chunks_of(function, rows, columns, width) if columns else 0
     across, down = _threads(columns, width)
 
-    packed = np.zeros((), ARGUMENTS)
-    packed["rows"], packed["columns"] = rows, columns
     tiles = -(-columns // (across * width))
-    packed["chunks"], packed["tiles"], packed["threshold"] = chunks, tiles, function.threshold
-    for name, array in arrays.items():
-        if name in MATRICES:
-            packed[name]["data"], packed[name]["stride"] = array.pointer, array.strides[0]
-        else:
-            packed[name] = array.pointer
+    numbers = {"rows": rows, "columns": columns, "chunks": chunks, "tiles": tiles}
+    packed = pack(arrays, {**numbers, "threshold": function.threshold})
 
-    element = {"ELEMENT": ELEMENTS[one.dtype]}
-    defines = {**element, "WIDTH": width, **dict(function.defines)}
+    defines = {"ELEMENT": ELEMENTS[one.dtype], "WIDTH": width, **dict(function.defines)}
     kernel = f"{function.source}{'_backward' if function.backward else ''}"
     launches = [Launch(function.source, defines, kernel, chunks * tiles, (across, down))]
     scratch = {}
     if function.backward:
         scratch = {"parts": (chunks, columns)}
-        over = -(-columns // LANES)
-        launches.append(Launch("column_sums", element, "column_sums", over, (LANES, LANES)))
+        launches.append(column_sums(one.dtype, columns))
     nothing = not columns or not (rows or function.backward)
-    fields = ARGUMENTS.fields
-    assert fields is not None
-    places = tuple(int(fields[name][1]) for name in (*arrays, *scratch))
+    places = tuple(place_in(ARGUMENTS, name) for name in (*arrays, *scratch))
     return Told(Work(() if nothing else tuple(launches), scratch), packed, places)
+
+
+def pack(arrays: Mapping[str, Lying], numbers: Mapping[str, float]) -> np.ndarray[Any, Any]:
+    """What kernels are told: arrays as they lie, and the numbers; all else is 0."""
+    packed = np.zeros((), ARGUMENTS)
+    for name, number in numbers.items():
+        packed[name] = number
+    for name, array in arrays.items():
+        if name in MATRICES:
+            packed[name]["data"], packed[name]["stride"] = array.pointer, array.strides[0]
+        else:
+            packed[name] = array.pointer
+    return packed
+
+
+def column_sums(dtype: str, columns: int) -> Launch:
+    """What adds the parts of so many columns of sums, after those that leave them."""
+    element = {"ELEMENT": ELEMENTS[dtype]}
+    return Launch("column_sums", element, "column_sums", -(-columns // LANES), (LANES, LANES))
 
 
 def width_of(arrays: Mapping[str, Lying], named: Collection[str] = MATRICES) -> int:

@@ -7,15 +7,13 @@ elsewhere, as the emulator does, decides alike.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from isoform.kernels.fused_launch import ARGUMENTS, LANES, MATRICES, width_of
-from isoform.kernels.launch import Launch, Told, Work, kept
+from isoform.kernels.arguments import place_in
+from isoform.kernels.fused_launch import ARGUMENTS, column_sums, pack, start, width_of
+from isoform.kernels.launch import Launch, Told, Work
 from isoform.kernels.plain import ELEMENTS
 from isoform.kernels.rotary_launch import Lying
 
@@ -103,11 +101,7 @@ def launch(norm: LayerNorm, arrays: Mapping[str, Lying], scratch: Any, where: An
         scratch: Gives the address of scratch memory, of so many floats.
         where: The current device, and the stream's address.
     """
-    device, stream = where
-    key = (norm, device, *((name, x.placed) for name, x in arrays.items()))
-    ready = kept(key, lambda: told(norm, arrays))
-    parts = [scratch(math.prod(shape)) for shape in ready.scratch.values()]
-    ready.launch([*(x.pointer for x in arrays.values()), *parts], stream)
+    start(norm, lambda: told(norm, arrays), arrays, scratch, where)
 
 
 def told(norm: LayerNorm, arrays: Mapping[str, Lying]) -> Told:
@@ -118,27 +112,17 @@ def told(norm: LayerNorm, arrays: Mapping[str, Lying]) -> Told:
     how = shared(norm, max(columns, 1), width)
     chunks = chunks_of(norm, rows, how)
 
-    packed = np.zeros((), ARGUMENTS)
-    packed["rows"], packed["columns"], packed["chunks"] = rows, columns, chunks
-    packed["epsilon"] = norm.epsilon
-    for name, array in arrays.items():
-        if name in MATRICES:
-            packed[name]["data"], packed[name]["stride"] = array.pointer, array.strides[0]
-        else:
-            packed[name] = array.pointer
+    numbers = {"rows": rows, "columns": columns, "chunks": chunks, "epsilon": norm.epsilon}
+    packed = pack(arrays, numbers)
 
     variant = defines(one.dtype, width, how)
     launches = [Launch(norm.source, variant, norm.source, chunks, (how.threads, how.rows))]
     scratch = {}
     if norm.backward:
         scratch = {"parts": (chunks, 2, columns)}
-        element = {"ELEMENT": ELEMENTS[one.dtype]}
-        over = -(-2 * columns // LANES)
-        launches.append(Launch("column_sums", element, "column_sums", over, (LANES, LANES)))
+        launches.append(column_sums(one.dtype, 2 * columns))
     nothing = not columns or not (rows or norm.backward)
-    fields = ARGUMENTS.fields
-    assert fields is not None
-    places = tuple(int(fields[name][1]) for name in (*arrays, *scratch))
+    places = tuple(place_in(ARGUMENTS, name) for name in (*arrays, *scratch))
     return Told(Work(() if nothing else tuple(launches), scratch), packed, places)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from isoform.kernels.arguments import View
+from isoform.kernels.arguments import View, place_in
 from isoform.kernels.launch import Launch, Told, Work, kept
 from isoform.kernels.plain import ELEMENTS
 from isoform.reference.contract import Capabilities
@@ -177,9 +177,7 @@ def told(turn: Turn, arrays: Mapping[str, Lying]) -> Told:
         (across, THREADS // across),
         tokens * (2 * pairs * 4 + TOKEN_BYTES),
     )
-    fields = ARGUMENTS.fields
-    assert fields is not None
-    places = tuple(int(fields[name][1]) for name in arrays)
+    places = tuple(place_in(ARGUMENTS, name) for name in arrays)
     return Told(Work((launched,) if B * L * (H + other_heads) else ()), packed, places)
 
 

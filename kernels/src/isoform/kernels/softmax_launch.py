@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from isoform.kernels.fused_launch import MATRIX, width_of
-from isoform.kernels.launch import Launch, Told, Work, kept
+from isoform.kernels.arguments import place_in
+from isoform.kernels.fused_launch import MATRIX, start, width_of
+from isoform.kernels.launch import Launch, Told, Work
 from isoform.kernels.plain import ELEMENTS
 from isoform.kernels.rotary_launch import Lying
 
@@ -103,10 +104,7 @@ def launch(softmax: Softmax, arrays: Mapping[str, Lying], where: Any) -> None:
             keys, if there is one.
         where: The current device, and the stream's address.
     """
-    device, stream = where
-    key = (softmax, device, *((name, x.placed) for name, x in arrays.items()))
-    ready = kept(key, lambda: told(softmax, arrays))
-    ready.launch([x.pointer for x in arrays.values()], stream)
+    start(softmax, lambda: told(softmax, arrays), arrays, None, where)
 
 
 def told(softmax: Softmax, arrays: Mapping[str, Lying]) -> Told:
@@ -137,9 +135,7 @@ def told(softmax: Softmax, arrays: Mapping[str, Lying]) -> Told:
         -(-rows // down),
         (how.threads, down),
     )
-    fields = ARGUMENTS.fields
-    assert fields is not None
-    places = tuple(int(fields[name][1]) for name in arrays)
+    places = tuple(place_in(ARGUMENTS, name) for name in arrays)
     return Told(Work((launched,) if rows and keys else ()), packed, places)
 
 
