@@ -347,6 +347,8 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
         {"shape": replace(SHAPE, S=0)},
         ("an empty axis in B=2,S=0,Q=5,K=7,H=4,G=2,D=6",),
     ),
+    "length_multiple": ({"length_multiple": 5}, {}, ("lengths Q=5, K=7 (multiples of 5 only)",)),
+    "length_multiple, of both": ({"length_multiple": 5}, {"shape": replace(SHAPE, K=10)}, ()),
     "cross_lengths": ({"cross_lengths": False}, {}, ("lengths Q=5, K=7 (equal ones only)",)),
     "no cross_lengths": ({"cross_lengths": False}, {"shape": replace(SHAPE, K=5)}, ()),
     "empty axes": ({}, {"shape": replace(SHAPE, B=0, S=0, Q=0, K=0, H=0)}, ()),

@@ -304,6 +304,7 @@ def described(declared: Mapping[str, Any]) -> dict[str, str]:
     every = f", multiples of {multiple}" if multiple > 1 else ""
     if declared.get("head_dim_power_of_two"):  # not in what was written before there was any
         every += ", powers of two"
+    divides = declared.get("length_multiple", 1)  # nor this
     signature = SIGNATURES[declared["operation"]]
     attention = {
         "grouped heads": _yes(declared["grouped_heads"]),
@@ -318,6 +319,7 @@ def described(declared: Mapping[str, Any]) -> dict[str, str]:
         "architectures": _list(declared["architectures"], "any"),
         "head dims": f"{low} to {high}{every}",
         "lengths": f"from {declared['min_length']}"
+        + (f", multiples of {divides}" if divides > 1 else "")
         + ("" if declared.get("cross_lengths", True) else ", of queries and keys alike"),
         "operands": _list(declared["operands"]),
         "gradients of": _list(declared["gradients"]),

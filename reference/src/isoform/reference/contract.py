@@ -189,6 +189,7 @@ class Capabilities:
         head_dim_multiple: D must be a multiple of this.
         head_dim_power_of_two: Whether D must be a power of two, as a block of Triton's must.
         min_length: Smallest length, such as Q and K.
+        length_multiple: Lengths must be multiples of this, as where ranks have equal shards.
         cross_lengths: Whether K may differ from Q.
         operands: Optional operands that may be present, and features that may be asked for.
         grouped_heads: Whether G < H is supported.
@@ -207,6 +208,7 @@ class Capabilities:
     head_dim_multiple: int = 1
     head_dim_power_of_two: bool = False
     min_length: int = 0
+    length_multiple: int = 1
     cross_lengths: bool = True
     operands: frozenset[str] = frozenset(OPTIONAL_OPERANDS)
     grouped_heads: bool = True
@@ -252,6 +254,11 @@ class Capabilities:
                 min(lengths.values()) < self.min_length,
                 f"lengths {', '.join(f'{axis}={size}' for axis, size in lengths.items())} "
                 f"(at least {self.min_length})",
+            ),
+            (
+                any(size % self.length_multiple for size in lengths.values()),
+                f"lengths {', '.join(f'{axis}={size}' for axis, size in lengths.items())} "
+                f"(multiples of {self.length_multiple} only)",
             ),
             (
                 len({*lengths.values()}) > 1 and not self.cross_lengths,
