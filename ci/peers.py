@@ -10,6 +10,7 @@ program: it is what the record is for. Which cases were left out is recorded wit
 Every peer has processes of its own, over which its cases are spread: what takes the time is the
 oracle, on the CPU, and a peer that spoils a GPU's context, or dies, spoils no other's record. One
 that compiles for every size, or hangs, is stopped after ``--minutes``; how far it came is recorded.
+What runs over ranks has a group of them for each of its processes: few ``--jobs`` are best then.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from isoform.conformance.case import select
+from isoform.conformance.implementation import Implementation
 from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory
 from isoform.conformance.matrix import Record, records
 from isoform.conformance.operations import CASES
-from isoform.conformance.peers import PEERS, Peer
+from isoform.conformance.peers import PEERS, RANKS, Peer
+from isoform.conformance.ranks import Ranks
 from isoform.conformance.registry import find
 from isoform.conformance.run import Run, declared, environment
 from isoform.conformance.verdicts import Outcome
@@ -65,7 +68,11 @@ def seen(name: str, asked: argparse.Namespace) -> list[Record]:
     if peer is not None and (reason := peer.why_not()):
         sys.stderr.write(f"{name}: not run here: it {reason}\n")
         return [not_run(peer, reason)]
-    implementation = find(name)
+    if peer is not None and peer.where == "ranks" and asked.device != "cuda":
+        reason = f"runs on ranks with a GPU each: --device cuda, not {asked.device}"
+        sys.stderr.write(f"{name}: not run: it {reason}\n")
+        return [not_run(peer, reason, asked.device)]
+    implementation = found(name, asked.device)
     operations = {one.operation for one in implementation.offers}
     offered = {
         case.id: case
@@ -131,6 +138,16 @@ def seen(name: str, asked: argparse.Namespace) -> list[Record]:
     ]
 
 
+def found(name: str, device: str) -> Implementation:
+    """The implementation called ``name``; of ours over ranks, on as many as peers are judged on,
+    with a GPU each where that is the device.
+    """
+    implementation = find(name)
+    if name in PEERS or implementation.spread is None or device != "cuda":
+        return implementation
+    return implementation.on(Ranks(RANKS, "torch-nccl"))
+
+
 def peer_variables(peer: Peer | None) -> tuple[str, ...]:
     """Variables of the environment that a peer's choice of a kernel follows."""
     cueq = peer is not None and peer.name.startswith("cueq-")
@@ -139,12 +156,13 @@ def peer_variables(peer: Peer | None) -> tuple[str, ...]:
 
 def judge_case(name: str, case: str, device: str) -> list[Outcome]:
     """One case, in a process of the peer's."""
-    return judge(find(name), CASES[case], device=device, architecture=architecture(device))
+    implementation = found(name, device)
+    return judge(implementation, CASES[case], device=device, architecture=architecture(device))
 
 
 def judge_calls(name: str, device: str) -> list[Outcome]:
     """Answers to wrong calls, and how memory grows."""
-    implementation = find(name)
+    implementation = found(name, device)
     return judge_invalid_calls(implementation, device) + judge_memory(implementation, device)
 
 

@@ -286,6 +286,55 @@ def test_axes_that_are_as_long_are_no_wrong_call_when_exchanged() -> None:
     assert everything - asked == {"invalid/pair_bias: queries and keys exchanged"}
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_peer_over_ranks_says_how_many_gpus_are_missing(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    over = [peer for peer in PEERS.values() if peer.where == "ranks"]
+    assert {"torch-context-parallel", "deepspeed-ulysses"} <= {peer.name for peer in over}
+    for peer in over:
+        here = replace(peer, packages={})
+        said = f"needs 2 GPUs, one for each rank, joined by NCCL: PyTorch sees {count} here"
+        assert here.why_not() == ("" if count == 2 else said)
+        lacking = replace(peer, packages={"no_such_module": "no-such-package"})
+        assert lacking.why_not() == "needs no-such-package: pip install no-such-package"
+
+
+def test_peers_over_ranks_are_on_gpus_with_equal_shards() -> None:
+    for peer in (each for each in PEERS.values() if each.where == "ranks"):
+        spread = _load(peer.target, "torch", None).spread
+        assert spread is not None
+        assert (spread.ranks.size, spread.ranks.device) == (2, "cuda")
+        multiple = {"contiguous": 2, "zigzag": 4}[spread.kind]
+        assert spread.declared.length_multiple == multiple
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_a_peers_backward_is_done_in_is_what_its_forward_is(causal: bool) -> None:
+    from contextlib import contextmanager
+
+    from isoform.conformance.peers.sequence import _local, _vjp
+
+    entered: list[bool] = []
+
+    @contextmanager
+    def within(q: Any, causal: bool) -> Any:
+        entered.append(causal)
+        yield
+        entered.append(causal)
+
+    # strides that NCCL does not send
+    q, k, v = (torch.randn(1, 6, 4, 8).transpose(2, 3) for _ in range(3))
+    called = {"comm": None, "sharding": None, "causal": causal, "within": within}
+    out, backward = _vjp(_local, q, k, v, **called)
+    assert len(entered) == 2
+    gradients = backward(torch.ones_like(out))
+    assert entered == 4 * [causal]
+    assert [x.shape for x in gradients] == 3 * [q.shape]
+
+
 def test_a_peer_whose_compiled_part_is_not_loaded_is_not_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -298,3 +298,133 @@ def test_ranks_of_nccl_work_on_a_gpu_and_declare_what_its_kernels_round(communic
     assert there.probabilities == "operand"
     here = PARALLEL["parallel/ring-zigzag"].on(Ranks(2, "torch")).capabilities.arithmetic
     assert here.sums == "nearest"
+
+
+# --- ranks with a GPU each, on a machine that has none: told apart, and refused with the reason ---
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int, nccl: bool = True) -> None:
+    """Let PyTorch see ``count`` GPUs."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+
+
+class Threads:
+    """Ranks that are said to have a GPU each, and are threads."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(self, function: Any, *args: Any, limit: float) -> list[Any]:
+        return ranks.simulate(function, self.size, *args)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs, on which whatever is put lies in the host's memory."""
+    from isoform.conformance.frameworks import framework
+
+    class Here:
+        def __init__(self, name: str) -> None:
+            self.library = framework(name)
+
+        def upload(self, operands: Any, device: str) -> Any:
+            assert device == "cuda"
+            return self.library.upload(operands, "cpu")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.library, name)
+
+    gpus(monkeypatch, 2)
+    monkeypatch.setattr(ranks, "framework", Here)
+    monkeypatch.setattr(ranks, "_job", lambda size, communicator: Threads(size))
+
+
+@pytest.mark.parametrize(("count", "nccl"), [(0, True), (1, True), (2, False), (2, True)])
+def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch, count: int, nccl: bool) -> None:
+    gpus(monkeypatch, count, nccl)
+    why = Ranks(2, "torch-nccl").lacking()
+    if count < 2:
+        wanted = "needs 2 GPUs, one for each rank, joined by NCCL: PyTorch sees"
+        assert why == f"{wanted} {count} here"
+    else:
+        assert bool(why) != nccl
+    assert Ranks(2, "torch").lacking() == ""
+    if why:
+        with pytest.raises(RankError, match="torch-nccl needs"):
+            Ranks(2, "torch-nccl").require()
+
+
+def test_pytorchs_ranks_on_gpus_are_joined_by_nccl() -> None:
+    assert Ranks(2, "torch").on("cuda") == Ranks(2, "torch-nccl")
+    assert Ranks(2, "torch").on("cpu") == Ranks(2, "torch")
+    assert Ranks(2, "mpi").on("cuda") == Ranks(2, "mpi")
+
+
+def test_where_ranks_compute_is_where_they_are_judged(pretended: None) -> None:
+    """Shards go to the ranks' GPUs from the host's memory, and the call is one on a GPU."""
+    there = PARALLEL["parallel/ring-zigzag"].on(Ranks(2, "torch-nccl"))
+    assert there.capabilities.devices == {"cuda"}
+    said = judge(there, CASE, device="cuda", architecture="sm_90")
+    assert {outcome.verdict for outcome in said} == {Verdict.PASS, Verdict.UNSUPPORTED}
+    (absent,) = judge(there, CASE)
+    assert absent.verdict is Verdict.NOT_RUN
+    assert absent.message == "its ranks (torch-nccl) are on cuda, not on cpu"
+    (absent,) = judge(PARALLEL["parallel/ring-zigzag"], CASE, device="cuda")
+    assert absent.message == "its ranks (simulated) are on cpu, not on cuda"
+
+
+def test_what_equal_shards_cannot_hold_is_declined(pretended: None) -> None:
+    vjp = PARALLEL["parallel/ring-zigzag"].spread.vjp  # type: ignore[union-attr]
+    even = over_ranks("even", vjp, "zigzag", ranks=Ranks(2), parts=2)
+    assert even.capabilities.length_multiple == 4
+    assert even.on(Ranks(3)).capabilities.length_multiple == 6
+    said = judge(even, CASES["attention/length-17/fp32/causal"])
+    assert [outcome.verdict for outcome in said] == [Verdict.UNSUPPORTED]
+    assert "lengths Q=17, K=17 (multiples of 4 only)" in said[0].message
+    alone = judge(even, CASES["attention/mask/fp32/causal"])
+    assert {outcome.verdict for outcome in alone} == {Verdict.UNSUPPORTED}
+
+
+def test_gradients_that_are_not_declared_are_declined() -> None:
+    spread = PARALLEL["parallel/ring-zigzag"].spread
+    assert spread is not None
+    declared = ranks.replace(spread.capabilities, gradients=frozenset())
+    forward = over_ranks("forward", spread.vjp, "zigzag", capabilities=declared)
+    said = judge(forward, CASE)
+    assert {outcome.verdict for outcome in said} == {Verdict.PASS, Verdict.UNSUPPORTED}
+    assert any(outcome.check == "gradients" for outcome in said)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--communicator", "mpi"), "ranks of mpi compute on processors"),
+        (("--communicator", "torch"), "torch-nccl needs 2 GPUs"),
+        ((), "torch-nccl needs 2 GPUs"),
+    ],
+)
+def test_a_gpu_to_a_rank_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], said: str
+) -> None:
+    gpus(monkeypatch, 1)
+    over = ("--ranks", "2", "--device", "cuda", *asked)
+    result = check("parallel/ring-zigzag", *over, *CHOSEN)
+    assert said in " ".join(result.output.split())
+    assert result.exit_code == (2 if "mpi" in asked else 3)
+
+
+def test_a_run_on_gpus_is_recorded_as_one(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the device is said, or the communicator that has one alone."""
+    from isoform.conformance import cli
+
+    monkeypatch.setattr(cli, "_architecture", lambda device: "sm_90" if device == "cuda" else "")
+    for asked in (("torch", "--device", "cuda"), ("torch-nccl",)):
+        result = check("parallel/ring-zigzag", "--ranks", "2", "--communicator", *asked, *CHOSEN)
+        assert result.exit_code == 0, result.output
+        around = json.loads(result.stdout)["environment"]
+        assert (around["device"], around["ranks"]) == ("cuda", "2")
+        assert around["communicator"] == "torch-nccl"
+        assert "torch" in around

@@ -254,9 +254,9 @@ JoinedBy = Annotated[
     typer.Option(
         "--communicator",
         help="What the ranks are. simulated: threads of one process, which name a deadlock. mpi: "
-        "processes started by mpiexec. torch: processes joined by gloo, with PyTorch tensors. "
-        "torch-nccl, cupy-nccl: a process to a GPU, joined by NCCL of PyTorch or of CuPy. "
-        "[dim]simulated if not said.[/]",
+        "processes started by mpiexec. torch: processes joined by gloo, with PyTorch tensors; with "
+        "--device cuda a process to a GPU, joined by NCCL. torch-nccl, cupy-nccl: the same, by "
+        "NCCL of PyTorch or of CuPy. [dim]simulated if not said, on GPUs torch.[/]",
     ),
 ]
 Limit = Annotated[
@@ -379,19 +379,31 @@ def _load(name: str, framework: str, operation: str = "") -> Implementation:
     return found
 
 
-def _over(size: int | None, communicator: Communicator | None, limit: float) -> Ranks | None:
-    """The ranks asked for, or None; leaves where they cannot be had."""
-    if size is None and communicator is None:
-        return None
-    from isoform.conformance.ranks import Ranks
+def _over(
+    size: int | None, communicator: Communicator | None, limit: float, device: Device
+) -> tuple[Ranks | None, Device]:
+    """The ranks asked for, or None, and the device that is meant; leaves where they cannot be had.
 
-    joined = communicator or Communicator.simulated
-    ranks = Ranks(size or Ranks.size, joined.value, limit)
+    Those of NCCL are on GPUs, whether that is said or not.
+    """
+    if size is None and communicator is None:
+        return None, device
+    from isoform.conformance.ranks import RankError, Ranks
+
+    default = Communicator.torch if device is Device.cuda else Communicator.simulated
+    ranks = Ranks(size or Ranks.size, (communicator or default).value, limit).on(device)
+    if device is Device.cuda and ranks.device != device:
+        _fail(
+            f"--device cuda: ranks of {ranks.communicator} compute on processors; those of "
+            "--communicator torch, torch-nccl or cupy-nccl have a GPU each"
+        )
     try:
         ranks.require()
     except ImportError as missing:
         _fail(str(missing))
-    return ranks
+    except RankError as absent:
+        _fail(str(absent), Code.NOTHING_RAN)
+    return ranks, Device(ranks.device)
 
 
 def _implementations(
@@ -409,10 +421,12 @@ def _implementations(
         for name in registered():
             if isinstance(found := _find(name, framework), str):
                 _say(f"not judged: {found}")
-            elif (found.spread is None) == (over is None) and any(
-                device in one.capabilities.devices for one in found.offers
-            ):
-                there.append(found if over is None else found.on(over))
+                continue
+            if (found.spread is None) != (over is None):
+                continue
+            found = found if over is None else found.on(over)
+            if any(device in one.capabilities.devices for one in found.offers):
+                there.append(found)
         return there, {}
     loaded = {name: _load(name, framework, operation) for name in dict.fromkeys(names)}
     if over is not None:
@@ -741,6 +755,7 @@ def _cases_as_json(cases: Sequence[Case]) -> str:
         "isoform check numpy --case 'evoformer/triangle-*' --dtype fp32",
         "isoform check --impl mymodule:attention --tag quick",
         "isoform check parallel/ring-zigzag --ranks 4 --communicator mpi",
+        "isoform check parallel/ring-zigzag --ranks 2 --communicator torch --device cuda",
         "isoform check torch-sdpa --json run.json --junit junit.xml --html report.html",
         "isoform check --impl mymodule:attention --skip skip.txt --xfail xfail.txt",
     ),
@@ -798,12 +813,9 @@ def check(
     cases, once = _cases(case, tag, dtype, sorted(invalid | memory))
     left_out = _listed(skip, (), checks=False)
     known = _listed(xfail, sorted(invalid | memory), checks=True)
+    over, device = _over(ranks, communicator, limit, device)
     chosen, sources = _implementations(
-        [*(names or ()), *(impl or ())],
-        framework,
-        operation,
-        device,
-        _over(ranks, communicator, limit),
+        [*(names or ()), *(impl or ())], framework, operation, device, over
     )
     architecture = _architecture(device)
 

@@ -43,7 +43,7 @@ def judge(
         implementation: Whom to judge; it offers the case's operation.
         case: On what.
         groups: Which groups of checks.
-        device: Where to run it.
+        device: Where to run it: where its ranks are, of what runs over ranks.
         architecture: The GPU's architecture, where it is one.
         large: Run on the CPU even what is too large for it.
 
@@ -61,12 +61,23 @@ def judge(
     ordered = [group for group in GROUPS if group in groups]
     if not ordered:
         raise ValueError(f"groups must be some of {', '.join(GROUPS)}, got {list(groups)}")
-    if device not in library.devices():
-        return [trial.outcome(ordered[0], "case", Verdict.NOT_RUN, _absent(device))]
+    if why := not_here(offered, device):
+        return [trial.outcome(ordered[0], "case", Verdict.NOT_RUN, why)]
     if case.large and device == "cpu" and not large:
         message = "too large for a CPU; --large runs it"
         return [trial.outcome(ordered[0], "case", Verdict.NOT_RUN, message)]
     return list(trial.run(ordered))
+
+
+def not_here(implementation: Implementation, device: str) -> str:
+    """Why ``implementation`` cannot be run on ``device`` here; empty if it can."""
+    if implementation.spread is None:
+        there = framework(implementation.framework).devices()
+        return "" if device in there else f"no device {device} here"
+    ranks = implementation.spread.ranks
+    if ranks.device != device:
+        return f"its ranks ({ranks.communicator}) are on {ranks.device}, not on {device}"
+    return ranks.lacking()
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,11 @@ class _Trial:
     def operation(self) -> Operation:
         return OPERATIONS[self.case.operation]
 
+    @property
+    def host(self) -> str:
+        """Where the operands of the call are: ranks take their shards to where they compute."""
+        return self.device if self.implementation.spread is None else "cpu"
+
     def run(self, groups: Sequence[str]) -> Iterator[Outcome]:
         """All checks of ``groups``."""
         declared = self.implementation.capabilities
@@ -105,9 +121,9 @@ class _Trial:
 
         truth = expected(self.case, differentiates)
         # a copy: an implementation that writes to its operands must not spoil the oracle's
-        shared = self.device == "cpu"
+        shared = self.host == "cpu"
         own = self.operation.operands(self.case) if shared else truth.operands
-        operands = self.library.upload(own, self.device)
+        operands = self.library.upload(own, self.host)
         before = self.downloaded(operands)
         if groups == ["gradients"] and present and not (gradients or declined):
             yield from self.undeclared("gradients", "gradients", operands, truth, gradients=present)
@@ -273,7 +289,7 @@ class _Trial:
         lse = "lse" in results
         gradients = [name[1:] for name in results if name not in FORWARD]
         others = {name: x if x.dtype.kind in "biu" else -x[..., ::-1] for name, x in before.items()}
-        self.ask(self.library.upload(others, self.device), lse=lse, gradients=gradients)
+        self.ask(self.library.upload(others, self.host), lse=lse, gradients=gradients)
         kept = self.downloaded(returned)
         overwritten = [name for name in results if not same(results[name], kept[name])]
         again = self.ask(operands, lse=lse, gradients=gradients)
@@ -357,10 +373,6 @@ def _sentence(exception: Exception | None) -> str:
     return f"{type(exception).__name__}: {exception}".splitlines()[0]
 
 
-def _absent(device: str) -> str:
-    return f"no device {device} here"
-
-
 def judge_invalid_calls(implementation: Implementation, device: str = "cpu") -> list[Outcome]:
     """Whether every wrong call gets the right exception, which names the operand (EVO-12).
 
@@ -376,9 +388,9 @@ def _judge_invalid_calls(implementation: Implementation, device: str) -> list[Ou
     operation = OPERATIONS[implementation.operation]
     capabilities = implementation.capabilities
     library = framework(implementation.framework)
-    if device not in library.devices():
+    if why := not_here(implementation, device):
         trial = _Trial(implementation, operation.probe, library, device, "")
-        return [trial.outcome("conformance", "invalid", Verdict.NOT_RUN, _absent(device))]
+        return [trial.outcome("conformance", "invalid", Verdict.NOT_RUN, why)]
     shape = operation.probe.shape
     probe = replace(
         operation.probe,
@@ -387,7 +399,7 @@ def _judge_invalid_calls(implementation: Implementation, device: str) -> list[Ou
         operands=operation.probe.operands & capabilities.operands,
     )
     trial = _Trial(implementation, probe, library, device, "")
-    operands = library.upload(operation.draw(probe), device)
+    operands = library.upload(operation.draw(probe), trial.host)
     before = trial.downloaded(operands)
 
     outcomes = []
@@ -446,13 +458,16 @@ def judge_memory(implementation: Implementation, device: str = "cpu") -> list[Ou
 
 MEMORY_RANKS = Ranks(2)
 """Where implementations over ranks are run for it: what threads allocate can be seen. Lengths are
-those of a rank's shard then, which is longer than what is worked on at once."""
+those of a rank's shard then, which is longer than what is worked on at once. What is on GPUs of
+other processes is not seen."""
 
 
 def _judge_memory(implementation: Implementation, device: str) -> Outcome:
     operation = OPERATIONS[implementation.operation]
-    implementation = implementation.on(MEMORY_RANKS)
-    shards = 1 if implementation.spread is None else MEMORY_RANKS.size
+    shards = 1
+    if implementation.spread is not None:
+        implementation = implementation.on(MEMORY_RANKS)
+        shards, device = MEMORY_RANKS.size, MEMORY_RANKS.device
     capabilities = implementation.capabilities
     library = framework(implementation.framework)
     peaks = []
@@ -461,8 +476,8 @@ def _judge_memory(implementation: Implementation, device: str) -> Outcome:
         case = operation.memory_case(length * shards)
         case = replace(case, id=named.id, operands=case.operands & capabilities.operands)
         trial = _Trial(implementation, case, library, device, "")
-        if device not in library.devices():
-            return trial.outcome("conformance", "memory", Verdict.NOT_RUN, _absent(device))
+        if why := not_here(implementation, device):
+            return trial.outcome("conformance", "memory", Verdict.NOT_RUN, why)
         if reasons := trial.reasons():
             return trial.outcome("conformance", "memory", Verdict.NOT_RUN, "; ".join(reasons))
         operands = library.upload(operation.draw(case), device)

@@ -112,7 +112,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{group}: the suite's checks of this group")
     option = config.option
     try:
-        ranks = Ranks(option.ranks, option.communicator)
+        ranks = Ranks(option.ranks, option.communicator).on(option.device)
         config.stash[JUDGED] = (
             [
                 find(name, framework=option.framework, operation=option.operation).on(ranks)

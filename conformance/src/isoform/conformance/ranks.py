@@ -114,8 +114,24 @@ class Ranks:
         """Where the ranks' arrays are."""
         return "cuda" if self.communicator.endswith("-nccl") else "cpu"
 
+    def on(self, device: str) -> Ranks:
+        """These ranks where arrays lie on ``device``: PyTorch's on GPUs are joined by NCCL; others
+        are where they are.
+        """
+        if device == "cuda" and self.communicator == "torch":
+            return replace(self, communicator="torch-nccl")
+        return self
+
+    def lacking(self) -> str:
+        """What a machine with as many GPUs as there are ranks has and this one has not, where the
+        ranks need it; else empty.
+        """
+        return gpus_lacking(self.size) if self.device == "cuda" else ""
+
     def require(self) -> None:
-        """Raise ImportError where what starts or joins the ranks is not installed."""
+        """Raise ImportError where what starts or joins the ranks is not installed, and RankError
+        where there are fewer GPUs than ranks.
+        """
         needed = {"mpi": "mpi4py", "torch": "torch", "torch-nccl": "torch", "cupy-nccl": "cupy"}
         module = needed.get(self.communicator)
         if module and importlib.util.find_spec(module) is None:
@@ -124,6 +140,8 @@ class Ranks:
             raise ImportError(f"ranks of {self.communicator} need {module}: {remedy}", name=module)
         if self.communicator == "mpi":
             mpiexec()
+        if why := self.lacking():
+            raise RankError(f"{self.communicator} {why}")
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(comm, *args)`` on every rank; what each returned.
@@ -141,6 +159,20 @@ class Ranks:
             noted = [note for note in getattr(error, "__notes__", ()) if "by rank" in note]
             who = noted[0].removeprefix("raised by ") if noted else f"{self.size} ranks"
             raise RankError(f"{who}: {type(error).__name__}: {error}") from error
+
+
+def gpus_lacking(needed: int) -> str:
+    """Why ``needed`` ranks cannot have a GPU each, joined by NCCL; empty where they can. It begins
+    with "needs", and says how many GPUs there are.
+    """
+    import torch
+
+    if (seen := torch.cuda.device_count()) < needed:
+        gpus = "1 GPU" if needed == 1 else f"{needed} GPUs"
+        return f"needs {gpus}, one for each rank, joined by NCCL: PyTorch sees {seen} here"
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        return "needs a PyTorch that was built with NCCL: this one was not"
+    return ""
 
 
 @cache
@@ -177,6 +209,8 @@ class Spread:
         block: Positions in a stripe.
         capabilities: What is declared.
         ranks: Where it runs.
+        parts: Equal parts that each rank's shard must be made of, so that lengths are multiples of
+            ``parts·P``; 0 where any length is divided.
     """
 
     name: str
@@ -185,19 +219,34 @@ class Spread:
     block: int = 1
     capabilities: Capabilities = CAPABILITIES
     ranks: Ranks = Ranks()
+    parts: int = 0
+
+    @property
+    def declared(self) -> Capabilities:
+        """What is declared on these ranks. On GPUs those of ours round as the kernels do, and go
+        by the fastest, which add in any order.
+        """
+        declared = self.capabilities
+        if self.ranks.device == "cuda" and declared is CAPABILITIES:
+            declared = replace(
+                declared,
+                devices=frozenset({"cuda"}),
+                deterministic=False,
+                arithmetic=attention_tensor.CAPABILITIES.arithmetic,
+            )
+        if self.parts:
+            declared = replace(declared, length_multiple=self.parts * self.ranks.size)
+        return declared
 
     def implementation(self) -> Implementation:
         """What the judge is given."""
         return Implementation(
-            self.name, "numpy", self.capabilities, self.forward, self.backward, spread=self
+            self.name, "numpy", self.declared, self.forward, self.backward, spread=self
         )
 
     def on(self, ranks: Ranks) -> Implementation:
-        """The same on other ranks; on GPUs those of ours round as the kernels do."""
-        declared = self.capabilities
-        if ranks.device == "cuda" and declared is CAPABILITIES:
-            declared = replace(declared, arithmetic=attention_tensor.CAPABILITIES.arithmetic)
-        return replace(self, ranks=ranks, capabilities=declared).implementation()
+        """The same on other ranks."""
+        return replace(self, ranks=ranks).implementation()
 
     def forward(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
         """The operation: ``out`` of the whole sequence."""
@@ -220,9 +269,13 @@ class Spread:
     def _call(self, operands: Operands, options: dict[str, Any]) -> tuple[Array, ...]:
         given = {name: x for name, x in options.items() if name != "return_lse"}
         call = attention_call(
-            *(operands[name] for name in "qkv"), **given, lse=options.get("return_lse", False)
+            *(operands[name] for name in "qkv"),
+            **given,
+            gradients=DIFFERENTIABLE if "dout" in operands else (),
+            lse=options.get("return_lse", False),
+            device=self.ranks.device,
         )
-        self.capabilities.require(call, self.name)
+        self.declared.require(call, self.name)
         sharding = self.sharding(call.shape.Q)
         found = self.ranks.run(_on_rank, self.vjp, sharding, self.ranks, operands, given)
         for answer in found:

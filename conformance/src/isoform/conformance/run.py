@@ -17,7 +17,7 @@ from typing import Any
 from isoform.conformance.case import CASES_VERSION, Case
 from isoform.conformance.frameworks import framework
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory
+from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory, not_here
 from isoform.conformance.metrics import Errors
 from isoform.conformance.operations import OPERATIONS
 from isoform.conformance.verdicts import (
@@ -222,7 +222,7 @@ def run(
         for implementation in offered:
             if "conformance" not in groups:
                 continue
-            if device not in framework(implementation.framework).devices():
+            if not_here(implementation, device):
                 continue
             operation = implementation.operation
             answers = operation in (of_cases if invalid_calls is None else invalid_calls)
@@ -274,8 +274,9 @@ def environment(implementations: Collection[Implementation], device: str) -> dic
         "device": device,
     }
     if ranks:  # of a run, all are the same
-        used = ranks.pop()
+        used = next(iter(ranks))
         found |= {"ranks": str(used.size), "communicator": used.communicator}
+        frameworks.add(used.library)
     for package in ("isoform", "numpy", *sorted(frameworks - {"numpy"})):
         try:
             found[package] = version(package)
@@ -285,6 +286,9 @@ def environment(implementations: Collection[Implementation], device: str) -> dic
         import torch
 
         found["gpu"] = torch.cuda.get_device_name()
+        if any(each.device == "cuda" for each in ranks):
+            nccl: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+            found["nccl"] = ".".join(map(str, nccl))
     return found
 
 

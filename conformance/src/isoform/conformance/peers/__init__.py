@@ -18,6 +18,9 @@ from typing import Literal
 
 Where = Literal["cpu", "cuda", "ranks"]
 
+RANKS = 2
+"""On how many ranks, of a GPU each, peers over ranks are judged if nobody says on how many."""
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -61,7 +64,9 @@ class Peer:
         if self.built and not self._is_built():
             return "does not load its compiled part: it was linked with another CUDA, or PyTorch"
         if self.where == "ranks":
-            return "needs a GPU on every rank, joined by NCCL: the suite's ranks are processors"
+            from isoform.conformance.ranks import gpus_lacking
+
+            return gpus_lacking(RANKS)
         return ""
 
     def _is_built(self) -> bool:
@@ -166,7 +171,7 @@ _ROWS: tuple[Row, ...] = (
     (
         "torch-context-parallel",
         "sequence:CONTEXT_PARALLEL",
-        "torch.distributed.tensor.experimental.context_parallel",
+        "torch.distributed.tensor.experimental.context_parallel, backend flash",
         {},
         "ranks",
     ),
@@ -180,7 +185,7 @@ _ROWS: tuple[Row, ...] = (
     (
         "yunchang-ulysses",
         "sequence:YUNCHANG_ULYSSES",
-        "yunchang.UlyssesAttention",
+        "yunchang.LongContextAttention, all ranks in Ulysses, attention TORCH_FLASH",
         {"yunchang": "yunchang"},
         "ranks",
     ),
