@@ -198,7 +198,7 @@ def test_a_score_function_indexes_what_it_was_given_and_does_nothing_else_to_it(
     with Watched():
         found = score(torch.tensor(0.5), row, head, query, key)
     assert found.item() == pytest.approx(
-        0.5 + (mask_bias[1, 1, 0, 0, 2] + pair_bias[1, 0, 1, 6, 2]).item()
+        0.5 + (mask_bias[1, 1, 0, 0, 2] + pair_bias[1, 0, 1, 6, 2]).item(), abs=1e-6
     )
     assert {*called} <= {"__getitem__", "tensor", "add", "__floordiv__", "floor_divide", "where"}
     assert called.count("__getitem__") == 3
