@@ -22,7 +22,7 @@ from isoform.conformance.judge import judge, judge_invalid_calls, judge_memory
 from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.oracle import expected
 from isoform.conformance.verdicts import GROUPS, Outcome, Verdict
-from isoform.reference.contract import Capabilities, Unsupported
+from isoform.reference.contract import Arithmetic, Capabilities, Unsupported
 from isoform.reference.numpy import evoformer_attention as forward
 from isoform.reference.numpy import evoformer_attention_backward as backward
 
@@ -753,3 +753,46 @@ def test_lse_is_asked_of_operations_that_have_it() -> None:
     assert {outcome.check for outcome in outcomes} == {
         *("out", "dx", "unmodified", "determinism", "independence")
     }
+
+
+# --- where the definition is zero because all cancels ---
+
+ONE_KEY = CASES["evoformer/lengths-64-1/bf16/bare"]
+
+
+def softmax_of_one_key(rounding: float) -> Implementation:
+    """Of one key, p is 1 and p·(dP − δ) is 0: here it is off by ``rounding`` of dP, either way."""
+
+    def cancels(dout: Any, q: Any, k: Any, v: Any, **more: Any) -> Any:
+        right = backward(dout, q, k, v, **more)
+        wide = [x.astype(np.float64) for x in (dout, v, k)]
+        dp = (wide[0] * wide[1]).sum(-1, keepdims=True)  # [B, S, Q, H, 1], to the only key
+        sign = np.where(np.arange(dp.shape[2]) % 2, 1.0, -1.0)[:, None, None]
+        dq = q.shape[-1] ** -0.5 * rounding * sign * dp * wide[2]
+        return right._replace(dq=dq.astype(q.dtype))
+
+    arithmetic = Arithmetic(probabilities="operand", output="operand", dlogits="operand")
+    return made(backward=cancels, arithmetic=arithmetic, dtypes=frozenset({"bfloat16"}))
+
+
+def of_dq(implementation: Implementation) -> Outcome:
+    """What is said of dq's statistics."""
+    said = judge(implementation, ONE_KEY, groups=["precision"])
+    return next(outcome for outcome in said if outcome.check == "dq")
+
+
+def test_what_cancels_may_be_off_by_a_rounding_of_what_cancels(monkeypatch) -> None:
+    assert not expected(ONE_KEY, True).results["dq"].any()
+    assert of_dq(softmax_of_one_key(2.0**-24)).verdict is Verdict.PASS
+    monkeypatch.setattr(judging, "_beside_noise", lambda found, *more: found)
+    alone = of_dq(softmax_of_one_key(2.0**-24))
+    assert alone.verdict is Verdict.WRONG
+    assert "times the twin's" in alone.message
+
+
+@pytest.mark.parametrize(
+    ("rounding", "fault"),
+    [(1.0, "δ forgotten"), (2.0**-9, "δ in bfloat16"), (2.0**-21, "eight roundings")],
+)
+def test_what_cancels_is_wrong_where_it_is_off_by_more(rounding: float, fault: str) -> None:
+    assert of_dq(softmax_of_one_key(rounding)).verdict is Verdict.WRONG, fault
