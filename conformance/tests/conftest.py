@@ -63,11 +63,17 @@ def known_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     expected.expected_failures.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def faulty_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for programs of changed kernels, which share what runs their threads."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, faulty_programs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the kernels, which are run instead of ours."""
     copy = tmp_path / "cuda"
     shutil.copytree(CUDA, copy)
-    monkeypatch.setenv("ISOFORM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("ISOFORM_CACHE_DIR", str(faulty_programs))
     monkeypatch.setattr(emulation, "build", functools.partial(build, folder=copy))
     return copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,13 @@ def run(folder: Path, source: str, kernel: str, *arrays: Any, **defines: str) ->
     program.launch(kernel, grid=(1,), block=(32,), arguments=bytes(Arguments(*addresses)))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ISOFORM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for all: what runs the threads is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("ISOFORM_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.mark.parametrize("element", ["__half", "__nv_bfloat16"])

@@ -1,7 +1,9 @@
 """Building kernels with the C++ compiler at hand, and launching them.
 
 A program is one ``.cu`` file with its ``-D`` definitions, compiled to a shared library that exports
-one function: launch this kernel, on this grid, with these bytes as its argument structure.
+one function: launch this kernel, on this grid, with these bytes as its argument structure. What
+runs the threads is compiled once and linked to it: read and compiled again in each variant of a
+kernel, it would be two thirds of the time.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +31,9 @@ CUDA = Path(__file__).parents[1] / "cuda"
 
 INCLUDE = Path(__file__).parent / "include"
 """The headers that stand for CUDA's."""
+
+RUNTIME = Path(__file__).parent / "runtime.cpp"
+"""What runs the threads: the same for all programs, so it is compiled once and linked to each."""
 
 CACHE_BYTES = 512 * 2**20
 """How much is kept of compiled programs, each of some hundred kilobytes, a megabyte or two under
@@ -63,10 +68,8 @@ static const isoform::emulate::Kernel kernels[] = {{
 extern "C" __attribute__((visibility("default"))) const char* isoform_launch(
     const char* name, const unsigned* grid, const unsigned* block, const void* arguments,
     std::size_t bytes, std::size_t shared_bytes, std::int64_t order) {{
-    static std::string message;
-    message = isoform::emulate::launch(kernels, {count}, name, grid, block, arguments, bytes,
-                                       shared_bytes, order);
-    return message.c_str();
+    return isoform::emulate::launch(kernels, {count}, name, grid, block, arguments, bytes,
+                                    shared_bytes, order);
 }}
 """
 
@@ -167,18 +170,12 @@ def build(
         CompilationFailed: It rejects the source.
     """
     command = _command(defines, folder)
-    key = hashlib.sha256()
-    for part in (_version(command[0]), *command, name):
-        key.update(part.encode() + b"\0")
-    for path in (Path(__file__), *_sources(INCLUDE), *_sources(folder)):
-        key.update(path.read_bytes() + b"\0")
-    library = _cache() / f"{name}-{key.hexdigest()[:32]}.so"
-    if library.exists():
-        with suppress(FileNotFoundError, PermissionError):
-            os.utime(library)  # used just now
-    else:
-        _compile(command, folder / f"{name}.cu", library)
-        forget_old(library.parent, CACHE_BYTES)
+    library = _kept(
+        f"{name}.so",
+        (Path(__file__), RUNTIME, *_sources(INCLUDE), *_sources(folder)),
+        command,
+        lambda library: _compile(command, folder / f"{name}.cu", library),
+    )
     return Program(name, dict(defines), library)
 
 
@@ -223,10 +220,15 @@ def sanitized() -> bool:
     return hasattr(ctypes.CDLL(None), "__asan_init")
 
 
+def _compiler() -> list[str]:
+    """The compiler with the options that everything is compiled with."""
+    return [host_compiler(), *_OPTIONS, *(_SANITIZERS if sanitized() else ())]
+
+
 def _command(defines: Mapping[str, int | str], folder: Path) -> list[str]:
     """The compiler with its options, and where its headers are."""
     return [
-        *(host_compiler(), *_OPTIONS, *(_SANITIZERS if sanitized() else ())),
+        *_compiler(),
         *(f"-D{key}={value}" for key, value in sorted(defines.items())),
         *(f"-I{INCLUDE}", f"-I{folder}"),
     ]
@@ -273,8 +275,45 @@ def _cache() -> Path:
     return folder
 
 
+def _kept(
+    name: str, sources: Iterable[Path], command: list[str], make: Callable[[Path], object]
+) -> Path:
+    """The file of the cache that ``make`` makes of these sources by this command.
+
+    If it is there, nothing is made; and it appears whole or not at all.
+    """
+    key = hashlib.sha256()
+    for part in (_version(command[0]), *command, name):
+        key.update(part.encode() + b"\0")
+    for source in sources:
+        key.update(source.read_bytes() + b"\0")
+    stem, dot, kind = name.partition(".")
+    file = _cache() / f"{stem}-{key.hexdigest()[:32]}{dot}{kind}"
+    if file.exists():
+        with suppress(FileNotFoundError, PermissionError):
+            os.utime(file)  # used just now
+        return file
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        made = Path(scratch) / name
+        make(made)
+        made.replace(file)
+    forget_old(file.parent, CACHE_BYTES)
+    return file
+
+
+def _runtime() -> Path:
+    """The compiled runtime."""
+    command = [*_compiler(), f"-I{INCLUDE}"]
+    return _kept(
+        "runtime.o",
+        (Path(__file__), RUNTIME, *_sources(INCLUDE)),
+        command,
+        lambda made: _run([*command, "-c", str(RUNTIME), "-o", str(made)]),
+    )
+
+
 def _compile(command: list[str], source: Path, library: Path) -> None:
-    """Compile ``source`` to ``library``, which appears whole or not at all."""
+    """Compile ``source`` to ``library``; what else is made lies beside it."""
     text = _run([*command, "-E", "-P", "-include", "cuda_emulator.h", "-x", "c++", str(source)])
     kernels = dict.fromkeys(_KERNEL.findall(text))
     entries = (
@@ -285,16 +324,12 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
     if not kernels:
         raise CompilationFailed(f"{source.name} has no __global__ function")
     names = [_NAME.format(name=name) for name in dict.fromkeys(_DYNAMIC.findall(text))]
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        unit, shared, product = (
-            Path(scratch) / name for name in ("unit.cpp", "shared.cpp", "program.so")
-        )
-        unit.write_text(
-            _UNIT.format(source=source.name, kernels="\n".join(entries), count=len(kernels))
-        )
-        shared.write_text(_SHARED.format(names="\n".join(names)))
-        _run([*command, str(unit), str(shared), "-o", str(product)])
-        product.replace(library)
+    unit, shared = (library.parent / name for name in ("unit.cpp", "shared.cpp"))
+    unit.write_text(
+        _UNIT.format(source=source.name, kernels="\n".join(entries), count=len(kernels))
+    )
+    shared.write_text(_SHARED.format(names="\n".join(names)))
+    _run([*command, str(unit), str(shared), str(_runtime()), "-o", str(library)])
 
 
 def _run(command: list[str]) -> str:

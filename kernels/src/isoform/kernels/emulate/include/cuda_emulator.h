@@ -10,7 +10,6 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 
 #include "block.h"
@@ -78,10 +77,7 @@ T shuffle(const Site& site, unsigned mask, T value, int source) {
                 if ((taking_part >> lane & 1) == 0) {
                     continue;
                 }
-                if ((taking_part >> offers[lane].source & 1) == 0) {
-                    fail(formatted("lane %u reads lane %d in ", lane, offers[lane].source) +
-                         described(current->site) + ", which does not take part");
-                }
+                require_lane(taking_part, lane, offers[lane].source);
                 results[lane] = offers[offers[lane].source].value;
             }
         });

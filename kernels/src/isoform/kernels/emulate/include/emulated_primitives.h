@@ -86,13 +86,6 @@ Words load_matrices(const Site& site, const void* row) {
         });
 }
 
-inline void require_alignment(const Site& site, const void* address) {
-    if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) {
-        fail(described(*current) + ": an address at " + described(site) +
-             " is no multiple of 16 bytes");
-    }
-}
-
 }  // namespace isoform::emulate
 
 // result = start + A B for a 16×16 tile A and a 16×8 tile B.
@@ -136,27 +129,15 @@ inline void cp_async_16(void* shared, const void* global, bool wanted = true, IS
     if (wanted) {
         require_alignment(ISOFORM_SITE, global);
     }
-    current->copies.push_back({static_cast<unsigned char*>(shared), wanted ? global : nullptr,
-                               current->copy_groups});
+    copy_later(shared, wanted ? global : nullptr);
 }
 
 inline void cp_async_commit() {
-    ++isoform::emulate::current->copy_groups;
+    isoform::emulate::close_group();
 }
 
 // Wait until `pending` groups of copies at most are under way.
 template <unsigned pending>
 void cp_async_wait() {
-    using namespace isoform::emulate;
-    std::vector<PendingCopy> later;
-    for (const PendingCopy& copy : current->copies) {
-        if (copy.group + pending >= current->copy_groups) {
-            later.push_back(copy);
-        } else if (copy.source != nullptr) {
-            std::memcpy(copy.target, copy.source, 16);
-        } else {
-            std::memset(copy.target, 0, 16);
-        }
-    }
-    current->copies.swap(later);
+    isoform::emulate::wait_for_copies(pending);
 }
