@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from isoform.conformance import expected
-from isoform.conformance.implementations import emulation
 from isoform.conformance.verdicts import GROUPS, Outcome, Part, Verdict
-from isoform.kernels.emulate import build
+from isoform.kernels.emulate import build, calls
 from isoform.kernels.emulate.program import CUDA
 
 
@@ -75,5 +74,5 @@ def folder(tmp_path: Path, faulty_programs: Path, monkeypatch: pytest.MonkeyPatc
     copy = tmp_path / "cuda"
     shutil.copytree(CUDA, copy)
     monkeypatch.setenv("ISOFORM_CACHE_DIR", str(faulty_programs))
-    monkeypatch.setattr(emulation, "build", functools.partial(build, folder=copy))
+    monkeypatch.setattr(calls, "build", functools.partial(build, folder=copy))
     return copy

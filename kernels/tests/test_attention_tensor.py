@@ -14,10 +14,10 @@ from isoform.kernels.compiler import SOURCES
 from isoform.kernels.emulate import (
     ORDERS,
     HostCompilerUnavailable,
-    build,
     check,
     host_compiler,
 )
+from isoform.kernels.emulate.calls import launch_all, views_of
 from isoform.reference.attention_contract import PLACES, SequenceShape
 
 SHAPE = SequenceShape(B=2, Q=150, K=200, H=4, G=2, D=24)
@@ -195,23 +195,9 @@ def attended(Q, K, options, places=None):
         work = attention_tensor.forward(shape, "float16", views, options)
         scratch = {name: np.zeros(size, np.float32) for name, size in work.scratch.items()}
         told = ATTENTION.pack(shape, views | views_of(scratch), 1.0, work.counts).tobytes()
-        for launch in work.launches:
-            build(launch.source, defines=launch.defines).launch(
-                launch.kernel,
-                grid=(launch.blocks,),
-                block=launch.threads,
-                arguments=told,
-                shared_bytes=launch.shared_bytes,
-            )
+        launch_all(work.launches, told)
         seen.append(~np.isfinite(arrays["out"][0, :, 0, 0]))
     return np.array(seen).T
-
-
-def views_of(arrays):
-    return {
-        name: View.of(x.ctypes.data, x.shape, tuple(step // x.itemsize for step in x.strides))
-        for name, x in arrays.items()
-    }
 
 
 @needs_a_compiler
@@ -229,10 +215,7 @@ def test_the_tables_hold_the_ends_of_positions_and_segments(order):
     work = attention_tensor.forward(shape, "float16", views, Options(right=0))
     scratch = {name: np.full(size, np.nan, np.float32) for name, size in work.scratch.items()}
     told = ATTENTION.pack(shape, views | views_of(scratch), 1.0, work.counts).tobytes()
-    one = work.launches[0]
-    build(one.source).launch(
-        one.kernel, grid=(one.blocks,), block=one.threads, arguments=told, order=order
-    )
+    launch_all(work.launches[:1], told, order)
     assert [x.size * 4 for x in scratch.values()] == [B * 3 * 33 * 40, B * 1 * 33 * 40]
     table = scratch["query_spans"].reshape(B, -1).view(np.int64).reshape(B, 3 * 33, 5)
 

@@ -9,6 +9,7 @@ import pytest
 
 from isoform.kernels import emulate, fused_launch
 from isoform.kernels.compiler import SOURCES
+from isoform.kernels.emulate.calls import launch_told, lying, unwritten
 from isoform.kernels.fused_launch import (
     ARGUMENTS,
     MATRICES,
@@ -31,32 +32,9 @@ UNITS = {"float32": 2.0**-18, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 SEED = 0x0123456789ABCDEF
 
 
-def lying(x):
-    return Lying(x.ctypes.data, x.shape, tuple(s // x.itemsize for s in x.strides), str(x.dtype))
-
-
 def run(function, arrays, order="forward"):
     """Emulate a call; arrays are written to."""
-    done = told(function, {name: lying(x) for name, x in arrays.items()})
-    packed = done.arguments.copy()
-    parts = [np.full(shape, np.nan, np.float32) for shape in done.work.scratch.values()]
-    for name, each in zip(done.work.scratch, parts, strict=True):
-        packed[name] = each.ctypes.data
-    for one in done.work.launches:
-        emulate.build(one.source, defines=one.defines).launch(
-            one.kernel,
-            grid=(one.blocks,),
-            block=one.threads,
-            arguments=packed.tobytes(),
-            shared_bytes=one.shared_bytes,
-            order=order,
-        )
-
-
-def unwritten(shape, dtype):
-    made = np.empty(shape, dtype)
-    made.view(np.uint8)[...] = 0xFF
-    return made
+    launch_told(told(function, {name: lying(x) for name, x in arrays.items()}), order)
 
 
 def drawn(shape, dtype="float32", seed=1, apart=0):

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWar
 from isoform.kernels import (  # noqa: E402
     bias_dropout_residual,
     bias_gelu,
-    emulate,
     fused,
     fused_launch,
     fused_torch,
@@ -29,6 +28,7 @@ from isoform.kernels import (  # noqa: E402
     layer_norm_launch,
     masked_softmax,
 )
+from isoform.kernels.emulate.calls import launch_all  # noqa: E402
 from isoform.kernels.launch import Told  # noqa: E402
 from isoform.reference.contract import Unsupported  # noqa: E402
 from isoform.reference.fused_contract import DRAWS  # noqa: E402
@@ -316,10 +316,7 @@ class Emulated:
         words = np.frombuffer(self.told.arguments.tobytes(), np.uint64).copy()
         assert len(pointers) == len(self.told.places)
         words[np.array(self.told.places) // 8] = pointers
-        for one in self.told.work.launches:
-            emulate.build(one.source, defines=one.defines).launch(
-                one.kernel, grid=(one.blocks,), block=one.threads, arguments=words.tobytes()
-            )
+        launch_all(self.told.work.launches, words.tobytes())
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from isoform.kernels import emulate, layer_norm_launch
 from isoform.kernels.compiler import SOURCES
+from isoform.kernels.emulate.calls import launch_told, lying, unwritten
 from isoform.kernels.layer_norm_launch import (
     HELD,
     HELD_BACKWARD,
@@ -21,7 +22,6 @@ from isoform.kernels.layer_norm_launch import (
     shared,
     told,
 )
-from isoform.kernels.rotary_launch import Lying
 from isoform.reference.numpy import fused as oracle
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -31,26 +31,9 @@ UNITS = {"float32": 2.0**-18, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 EPSILON = 0.01
 
 
-def lying(x):
-    strides = tuple(step // x.itemsize for step in x.strides)
-    return Lying(x.ctypes.data, x.shape, strides, str(x.dtype))
-
-
 def run(norm, arrays, order="forward"):
     """Emulate a call; results among the arrays are written to."""
-    done = told(norm, {name: lying(x) for name, x in arrays.items()})
-    packed = done.arguments.copy()
-    parts = [np.full(shape, np.nan, np.float32) for shape in done.work.scratch.values()]
-    for name, each in zip(done.work.scratch, parts, strict=True):
-        packed[name] = each.ctypes.data
-    for one in done.work.launches:
-        emulate.build(one.source, defines=one.defines).launch(
-            one.kernel,
-            grid=(one.blocks,),
-            block=one.threads,
-            arguments=packed.tobytes(),
-            order=order,
-        )
+    launch_told(told(norm, {name: lying(x) for name, x in arrays.items()}), order)
 
 
 def drawn(shape, dtype="float32", seed=1, apart=0, mean=0.0):
@@ -62,9 +45,9 @@ def drawn(shape, dtype="float32", seed=1, apart=0, mean=0.0):
 
 def both(x, weight, bias, dout, order="forward", epsilon=EPSILON):
     """The output, and the gradients of x, weight and bias."""
-    out, dx = (np.full(x.shape, np.nan, x.dtype) for _ in range(2))
-    dweight, dbias = (np.full(weight.shape, np.nan, x.dtype) for _ in range(2))
-    statistics = np.full((len(x), 2), np.nan, "f4")
+    out, dx = (unwritten(x.shape, x.dtype) for _ in range(2))
+    dweight, dbias = (unwritten(weight.shape, x.dtype) for _ in range(2))
+    statistics = unwritten((len(x), 2), np.float32)
     given = {"x": x, "weight": weight, "statistics": statistics}
     run(LayerNorm(epsilon), {**given, "bias": bias, "out": out}, order)
     results = {"out": dx, "dweight": dweight, "dbias": dbias}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from isoform.kernels import emulate, softmax_launch
 from isoform.kernels.compiler import SOURCES
+from isoform.kernels.emulate.calls import launch_told, lying, unwritten
 from isoform.kernels.fused_launch import MATRIX
 from isoform.kernels.rotary_launch import Lying
 from isoform.kernels.softmax_launch import (
@@ -36,11 +37,6 @@ LEAST = {"float32": 2.0**-40, "float16": 2.0**-24, "bfloat16": 2.0**-40}
 """The same of small numbers, which float16 has few of."""
 
 
-def lying(x):
-    strides = tuple(step // x.itemsize for step in x.strides)
-    return Lying(x.ctypes.data, x.shape, strides, str(x.dtype))
-
-
 def as_rows(x):
     """``[B·H·Q, K]``, which has to be a view."""
     rows = (
@@ -54,22 +50,12 @@ def as_rows(x):
 
 def run(softmax, arrays, order="forward"):
     """Emulate a call; ``out`` is written to."""
-    done = told(softmax, {name: lying(x) for name, x in arrays.items()})
-    for one in done.work.launches:
-        emulate.build(one.source, defines=one.defines).launch(
-            one.kernel,
-            grid=(one.blocks,),
-            block=one.threads,
-            arguments=done.arguments.tobytes(),
-            order=order,
-        )
-    return done
+    launch_told(told(softmax, {name: lying(x) for name, x in arrays.items()}), order)
 
 
-def unwritten(x, apart=0):
+def unwritten_like(x, apart=0):
     """An array like it, of NaN, whose rows lie apart."""
-    made = np.full((*x.shape[:-1], x.shape[-1] + apart), np.nan, x.dtype)
-    return made[..., : x.shape[-1]]
+    return unwritten((*x.shape[:-1], x.shape[-1] + apart), x.dtype)[..., : x.shape[-1]]
 
 
 def drawn(shape, dtype="float32", seed=1, apart=0, spread=2):
@@ -80,7 +66,7 @@ def drawn(shape, dtype="float32", seed=1, apart=0, spread=2):
 
 
 def forward(scores, *, mask=None, causal=False, scale=1.0, order="forward", apart=0):
-    out = unwritten(scores, apart)
+    out = unwritten_like(scores, apart)
     arrays = {"scores": as_rows(scores), "out": as_rows(out)}
     if mask is not None:
         arrays["mask"] = np.broadcast_to(mask, scores.shape)
@@ -90,7 +76,7 @@ def forward(scores, *, mask=None, causal=False, scale=1.0, order="forward", apar
 
 
 def backward(dout, probabilities, *, causal=False, scale=1.0, order="forward"):
-    out = unwritten(probabilities)
+    out = unwritten_like(probabilities)
     arrays = {"probabilities": as_rows(probabilities), "dout": as_rows(dout), "out": as_rows(out)}
     _, H, Q, _ = dout.shape
     run(Softmax(H, Q, causal, scale, backward=True), arrays, order)

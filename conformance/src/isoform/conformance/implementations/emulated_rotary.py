@@ -10,15 +10,11 @@ from typing import Any
 
 from isoform.conformance.dtypes import Array
 from isoform.conformance.implementation import Implementation
-from isoform.conformance.implementations.emulation import (
-    in_every_order,
-    launch_all,
-    strides,
-    unwritten,
-)
+from isoform.conformance.implementations.emulation import in_every_order
 from isoform.kernels import rotary_launch
 from isoform.kernels.emulate import Order
-from isoform.kernels.rotary_launch import Lying, Turn, told
+from isoform.kernels.emulate.calls import launch_told, lying, unwritten
+from isoform.kernels.rotary_launch import Turn, told
 from isoform.reference.rotary_contract import resolve_rotary_dim, rotary_call
 from isoform.reference.rotary_scaling import Scaling
 
@@ -113,9 +109,4 @@ def turned(turn: Turn, operands: list[Array], positions: Array) -> list[Array]:
 
 def launch(turn: Turn, arrays: dict[str, Array], order: Order = "forward") -> None:
     """What :func:`isoform.kernels.rotary_launch.launch` does, emulated."""
-    found = told(turn, {name: _lying(x) for name, x in arrays.items()})
-    launch_all(found.work.launches, found.arguments.tobytes(), order)
-
-
-def _lying(x: Array) -> Lying:
-    return Lying(x.ctypes.data, x.shape, strides(x), str(x.dtype))
+    launch_told(told(turn, {name: lying(x) for name, x in arrays.items()}), order)

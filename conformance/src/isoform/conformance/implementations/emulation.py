@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from isoform.conformance.dtypes import Array
-from isoform.kernels.arguments import Struct, View
-from isoform.kernels.emulate import ORDERS, KernelFault, Order, build
-from isoform.kernels.launch import Launch, Pass
+from isoform.kernels.arguments import Struct
+from isoform.kernels.emulate import ORDERS, KernelFault, Order
+from isoform.kernels.emulate.calls import launch_all, unwritten, views_of
+from isoform.kernels.launch import Pass
 from isoform.reference.contract import Call
 
 Made = dict[str, tuple[tuple[int, ...], Any]]
@@ -39,28 +40,15 @@ def results_of(
     def run(order: Order) -> dict[str, Array]:
         results = {name: unwritten(*each) for name, each in made.items()}
         for one in passes:
-            views = _views({**operands, **results})
+            views = views_of({**operands, **results})
             work = one(call.shape, call.dtype, views)
             scratch = {name: unwritten(shape, np.float32) for name, shape in work.scratch.items()}
-            views |= _views(scratch)
+            views |= views_of(scratch)
             arguments = struct.pack(call.shape, views, scale, work.counts).tobytes()
             launch_all(work.launches, arguments, order)
         return results
 
     return in_every_order(run)
-
-
-def launch_all(launches: Iterable[Launch], arguments: bytes, order: Order) -> None:
-    """Run kernels, one after the other."""
-    for launch in launches:
-        build(launch.source, defines=launch.defines).launch(
-            launch.kernel,
-            grid=(launch.blocks,),
-            block=launch.threads,
-            arguments=arguments,
-            shared_bytes=launch.shared_bytes,
-            order=order,
-        )
 
 
 def in_every_order(run: Callable[[Order], dict[str, Array]]) -> dict[str, Array]:
@@ -78,19 +66,3 @@ def in_every_order(run: Callable[[Order], dict[str, Array]]) -> dict[str, Array]
                 f"{order}: a barrier is missing, or two threads write to one place"
             )
     return first
-
-
-def unwritten(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Memory for a result, all bits set: what is not written to it is seen as NaN."""
-    bits = np.full((*shape, np.dtype(dtype).itemsize), 0xFF, np.uint8)
-    memory: Array = bits.view(dtype)[..., 0]
-    return memory
-
-
-def strides(x: Array) -> tuple[int, ...]:
-    """From one element to the next along each axis, in elements."""
-    return tuple(step // x.itemsize for step in x.strides)
-
-
-def _views(arrays: Mapping[str, Array]) -> dict[str, View]:
-    return {name: View.of(x.ctypes.data, x.shape, strides(x)) for name, x in arrays.items()}
