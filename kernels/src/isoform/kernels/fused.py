@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from isoform.kernels.choice import REMEDIES
+from isoform.kernels.layer_norm_launch import MOST_CHANNELS
 from isoform.kernels.libraries import is_torch, whereabouts
 from isoform.kernels.plain import ELEMENTS
 from isoform.reference.contract import Unsupported, dtype_name
@@ -25,9 +26,6 @@ from isoform.reference.fused_contract import (
 
 MOST_SCALE = (2 - 2.0**-23) * 2.0**127
 """The largest number of float32."""
-
-MOST_CHANNELS = 8192
-"""Of LayerNorm: what a block holds, of a row and of the sums over all."""
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, *, epsilon: float = 1e-5) -> Any:

@@ -27,6 +27,7 @@ MOST_VECTORS = 16
 """That a thread has at most, where they are narrow."""
 
 MOST_CHANNELS = MOST_THREADS * HELD_BACKWARD
+"""What a block holds, of a row and of the sums over all."""
 
 ROWS = 8
 """Of a block whose rows have a warp each, as in the source."""
