@@ -148,12 +148,13 @@ def test_spoiled_calls_are_wrong_somewhere() -> None:
 
 
 def test_the_command_line(kernels: str) -> None:
-    words = ["fuzz", f"{kernels}:wrong", "--framework", "numpy", "--seed", "5", "--minutes", "0.05"]
+    # of this seed the first call shows it, however slow the machine
+    words = ["fuzz", f"{kernels}:wrong", "--framework", "numpy", "--seed", "9", "--minutes", "0.05"]
     shown = CliRunner().invoke(app, [*words, "--json", "found.json"])
     assert shown.exit_code == 1, shown.output
     (run,) = json.loads(Path("found.json").read_text())["runs"]
-    assert run["seed"] == 5 and run["findings"]
-    assert f"--seed 5 --only {run['findings'][0]['number']}" in shown.output
+    assert run["seed"] == 9 and run["findings"]
+    assert f"--seed 9 --only {run['findings'][0]['number']}" in shown.output
     assert Path(run["findings"][0]["file"]).exists()
     assert CliRunner().invoke(app, ["fuzz", "nobody"]).exit_code == 2
 
