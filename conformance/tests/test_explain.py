@@ -33,6 +33,11 @@ CASE = replace(
 LARGE = replace(
     CASE, id="evoformer/explained/fp32/large-logits", values="large-logits"
 )  # exp of these overflows
+WITHOUT_KEYS = replace(
+    CASES["evoformer/values/bf16/minus-inf-bias"],
+    id="evoformer/explained/bf16/minus-inf-bias",
+    shape=CASE.shape,
+)  # of some queries, and of others a few less
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def test_the_case_keeps_the_keys_that_faults_are_planted_in() -> None:
 
 
 def test_without_a_fault_nothing_is_found() -> None:
-    for case in (CASE, LARGE, CASES["evoformer/values/bf16/minus-inf-bias"]):
+    for case in (CASE, LARGE, WITHOUT_KEYS):
         for other in (implementation(), implementation(lse=False), NUMPY_TILED):
             found = explain(NUMPY, other, case, tile=TILE)
             assert not found.faults, found.faults
