@@ -28,8 +28,8 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PINS = Path("ci/constraints.txt")
 COMPONENTS = ("reference", "kernels", "parallel", "conformance")
 EMULATED = "isoform.conformance.implementations.emulated:CUDA_EMULATED"
-EMULATED_WHOLE = f"{EMULATED}_WHOLE"  # q and the pair bias in one pass
-EMULATED_WHOLE_CASES = (
+EMULATED_HOPPER = f"{EMULATED}_HOPPER"  # the kernels that no other GPU runs
+EMULATED_HOPPER_CASES = (
     *("evoformer/length-17/*16/mask+pair-bias", "evoformer/lengths-5-300/bf16/mask+pair-bias"),
     *("evoformer/head-dim-16/fp16/mask+pair-bias", "evoformer/operands/bf16/*pair-bias"),
     "evoformer/values-plain/*16/large-logits",
@@ -157,8 +157,8 @@ def emulate(session: nox.Session) -> None:
     judged = (*suite, f"--impl={EMULATED}")
     judged += ("-k", "not memory")  # NumPy's, here: `nox -s gpu` measures a GPU's
     pytest(session, *judged, *(f"--case={case}" for case in EMULATED_CASES))
-    whole = (*suite, f"--impl={EMULATED_WHOLE}", "-k", "not memory")
-    pytest(session, *whole, *(f"--case={case}" for case in EMULATED_WHOLE_CASES))
+    hopper = (*suite, f"--impl={EMULATED_HOPPER}", "-k", "not memory")
+    pytest(session, *hopper, *(f"--case={case}" for case in EMULATED_HOPPER_CASES))
     sanitized = ("python", "-m", "isoform.kernels.emulate.sanitized", "-m", "pytest", "-n2")
     session.run(*sanitized, *judged, *(f"--case={case}" for case in SANITIZED_CASES))
 

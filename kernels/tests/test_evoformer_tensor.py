@@ -34,7 +34,7 @@ UNGATED = ("q", "k", "v", "mask_bias", "pair_bias")
 
 def whole(shape, names=UNGATED, wanted=UNGATED, room=tensor.ROOM, multiprocessors=132, **views):
     """The backward on a GPU whose blocks may have so much shared memory."""
-    with geometries.of_device("a GPU", room, multiprocessors):
+    with geometries.of_device("a GPU", room, multiprocessors, "sm_90"):
         return tensor.backward(shape, "bfloat16", lying(shape, names) | views, wanted)
 
 

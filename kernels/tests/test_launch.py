@@ -29,7 +29,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(launch, "_stream", lambda pointer: ("stream", pointer))
     monkeypatch.setattr(launch, "_PREPARED", {})
     monkeypatch.setattr(launch, "_device_name", lambda: "a GPU")
-    monkeypatch.setattr(launch, "_device_size", lambda: (99 << 10, 128))
+    monkeypatch.setattr(launch, "_device_traits", lambda: (99 << 10, 128, "sm_89"))
     monkeypatch.setenv("ISOFORM_GEOMETRIES", "builtin")  # whatever the user of this machine has
     return kernel
 

@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def used(device=GPU, head_dim=32):
-    with geometries.of_device(device, 99 << 10, 128):
+    with geometries.of_device(device, 99 << 10, 128, "sm_89"):
         return tensor.geometry_of("forward", head_dim, gated=False)
 
 
@@ -127,7 +127,7 @@ def test_a_pass_that_is_prepared_is_cut_as_the_file_says(monkeypatch):
     monkeypatch.setattr(launch, "toolkit", lambda: None)
     monkeypatch.setattr(launch, "_PREPARED", {})
     monkeypatch.setattr(launch, "_device_name", lambda: GPU)
-    monkeypatch.setattr(launch, "_device_size", lambda: (99 << 10, 128))
+    monkeypatch.setattr(launch, "_device_traits", lambda: (99 << 10, 128, "sm_89"))
     shape = tune.CASES[0].shape
     views = {
         name: geometries_view(shape.of(name))

@@ -53,6 +53,10 @@ INSTALL = (
     "of nvidia-smi tell)"
 )
 
+SPECIFIC = frozenset({"evoformer_warpgroup_forward"})
+"""Sources with instructions that one architecture has and its successors do not: they are compiled
+for ``sm_90a`` where others are for ``sm_90``."""
+
 CUT_OFF = b"\0"
 """The last byte of machine code, which CuPy takes for the end of a C string and does not return.
 
@@ -402,6 +406,7 @@ def load(name: str, *, defines: Mapping[str, Define] = NOTHING) -> Any:
     key = (device, name, tuple(sorted(defines.items())))
     if key not in _LOADED:
         architecture = f"sm_{cupy.cuda.Device(device).compute_capability}"
+        architecture += "a" if name in SPECIFIC else ""
         module = cupy.RawModule(path=str(cached(name, architecture=architecture, defines=defines)))
         try:
             module.compile()  # CuPy's word for: have the driver load it, now

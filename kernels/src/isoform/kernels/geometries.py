@@ -27,10 +27,13 @@ from typing import Any
 from isoform.kernels import compiler
 from isoform.kernels.tensor import (
     GEOMETRIES,
+    GROUPED,
+    GROUPS,
     MULTIPROCESSORS,
     PASSES,
     ROOM,
     TABLE,
+    WARPGROUPS,
     WHOLE,
     WHOLES,
     Geometry,
@@ -76,7 +79,9 @@ def file() -> Path | None:
 
 
 @contextmanager
-def of_device(name: str, room: int, multiprocessors: int) -> Iterator[None]:
+def of_device(
+    name: str, room: int, multiprocessors: int, architecture: str
+) -> Iterator[None]:
     """While this lasts, passes are cut as was found best on the device ``name``, if anything was,
     and for blocks that may have ``room`` bytes of shared memory.
 
@@ -87,9 +92,11 @@ def of_device(name: str, room: int, multiprocessors: int) -> Iterator[None]:
     table = TABLE.set(merged(_for(chosen, name) if chosen else {}))
     wholes = WHOLES.set(WHOLE if room >= ROOM else {})
     several = MULTIPROCESSORS.set(multiprocessors)
+    groups = GROUPS.set(GROUPED if architecture == WARPGROUPS else {})
     try:
         yield
     finally:
+        GROUPS.reset(groups)
         MULTIPROCESSORS.reset(several)
         WHOLES.reset(wholes)
         TABLE.reset(table)

@@ -134,7 +134,7 @@ def prepared(
         from isoform.kernels.geometries import of_device  # it knows what passes launch
 
         shape, dtype, views = described()
-        with of_device(_device_name(), *_device_size()):
+        with of_device(_device_name(), *_device_traits()):
             work = one(shape, dtype, views)
         places = tuple(map(struct.place_of, (*views, *work.scratch)))
         return Told(work, struct.pack(shape, views, scale, work.counts), places)
@@ -182,12 +182,16 @@ def _device_name() -> str:
     return name.decode()
 
 
-def _device_size() -> tuple[int, int]:
-    """Bytes of shared memory that a block may have on the current device; its multiprocessors."""
+def _device_traits() -> tuple[int, int, str]:
+    """Bytes of shared memory that a block may have on the current device; its multiprocessors; its
+    architecture.
+    """
     import cupy
 
-    attributes = cupy.cuda.Device().attributes
-    return attributes["MaxSharedMemoryPerBlockOptin"], attributes["MultiProcessorCount"]
+    device = cupy.cuda.Device()
+    room, several = "MaxSharedMemoryPerBlockOptin", "MultiProcessorCount"
+    numbers = device.attributes
+    return numbers[room], numbers[several], f"sm_{device.compute_capability}"
 
 
 @cache

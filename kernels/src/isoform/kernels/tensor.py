@@ -191,6 +191,55 @@ WHOLE: Mapping[int, Whole] = {
 ``backward_pair_bias`` where a block holds all keys of its queries: half as many logits are computed
 anew."""
 
+@dataclass(frozen=True)
+class Grouped:
+    """How ``evoformer_warpgroup_forward`` cuts its work: four warps multiply together.
+
+    Attributes:
+        groups: Of a block's queries, how many times 64: so many warpgroups multiply.
+        rows: Rows s that a warp does one after the other with the same tile of the pair bias.
+        blocks: Blocks that are to fit on a multiprocessor at once, which share its registers.
+        fewer: Registers of a thread that copies; those that multiply share the rest.
+        least: From how many rows s on it is faster than the other forward.
+        padded: How many more queries than the other forward it may compute, beyond those that there
+            are, and still be faster.
+    """
+
+    groups: int
+    rows: int
+    blocks: int
+    fewer: int
+    least: int = 16
+    padded: float = 9 / 8
+
+    @property
+    def own(self) -> int:
+        """Queries of a block."""
+        return 64 * self.groups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: a warpgroup more, which copies."""
+        return 2 * self.own + 128
+
+
+GROUPED_SOURCE = "evoformer_warpgroup_forward"
+GROUPED: Mapping[int, tuple[Grouped, ...]] = {
+    16: (Grouped(2, 2, 2, 48),),
+    32: (Grouped(4, 2, 1, 64), Grouped(3, 2, 1, 56)),
+    48: (Grouped(3, 2, 1, 56), Grouped(4, 1, 1, 64)),
+}
+"""By head dim, the fastest first, for a GPU of :data:`WARPGROUPS`."""
+
+WARPGROUPS = "sm_90"
+"""The architecture that has ``wgmma``. Its successors have other instructions instead."""
+
+KEYS = 64
+"""Of a tile of ``evoformer_warpgroup_forward``."""
+
+MOST_WORKS = 4096
+"""Tiles of queries that a block of it may do, one after the other: it keeps a byte for each."""
+
 ROWS_OF_CHANNELS = frozenset({"q", "k", "v", "gate", "dout", "out"})
 """The operands whose last axis is of channels."""
 
@@ -199,6 +248,11 @@ ROOM = 227 << 10
 
 WHOLES: ContextVar[Mapping[int, Whole]] = ContextVar("WHOLES", default=MappingProxyType({}))
 """Those in use: :data:`WHOLE` on a GPU that has the room, and none elsewhere."""
+
+GROUPS: ContextVar[Mapping[int, tuple[Grouped, ...]]] = ContextVar(
+    "GROUPS", default=MappingProxyType({})
+)
+"""Those in use: :data:`GROUPED` on a GPU of :data:`WARPGROUPS`, and none elsewhere."""
 
 TABLE: ContextVar[Mapping[str, Mapping[int, Geometry]]] = ContextVar("TABLE", default=GEOMETRIES)
 """The geometries in use: on a GPU, those that :mod:`isoform.kernels.geometries` has for it."""
@@ -219,7 +273,12 @@ ROWS = 16
 
 def forward(shape: Shape, dtype: str, operands: Mapping[str, View]) -> Work:
     """What computes ``out``, and ``lse``, ``top``, ``total`` where they are among the arguments."""
-    one = _pass("forward", shape, dtype, "Q H S B", choices(shape, operands))
+    chosen = choices(shape, operands)
+    grouped = grouped_of(shape, chosen)
+    if grouped is None:
+        one = _pass("forward", shape, dtype, "Q H S B", chosen)
+    else:
+        one = _grouped(grouped, shape, dtype, chosen)
     return Work((one,) if one.blocks else ())
 
 
@@ -283,6 +342,70 @@ def whole_of(
     fits = whole.keys[1] * whole.warps >= shape.K and whole.rows <= shape.S
     both = {"q", "pair_bias"} <= set(wanted)
     return whole if fits and both and _near(operands) else None
+
+
+def grouped_of(shape: Shape, chosen: Mapping[str, int]) -> Grouped | None:
+    """How ``evoformer_warpgroup_forward`` does the call; None where the other forward does.
+
+    It does where there is a pair bias and no gate, and all rows can be copied 16 bytes at a time; and
+    where it was measured to be faster: of many rows s, with not many more queries than there are.
+    """
+    options = GROUPS.get().get(head_dim(shape.D), ())
+    able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"]
+    if not options or chosen["GATED"] or not able:
+        return None
+
+    def computed(own: int) -> int:
+        return -(-shape.Q // own) * own
+
+    best = min(options, key=lambda one: computed(one.own))
+    other = computed(geometry_of("forward", shape.D, gated=False).own)
+    faster = shape.S >= best.least and computed(best.own) <= best.padded * other
+    return best if faster else None
+
+
+def grouped_variant(
+    grouped: Grouped, dtype: str, D: int, chosen: Mapping[str, int]
+) -> dict[str, Define]:
+    """The definitions that choose the variant of ``evoformer_warpgroup_forward``."""
+    room = head_dim(D)
+    return {
+        "ELEMENT": ELEMENTS[dtype],
+        "HEAD_DIM": room,
+        "M_TILES": 1,
+        "WARPS": 4 * grouped.groups,
+        "GROUPS": grouped.groups,
+        "ROWS": grouped.rows,
+        "FEWER": grouped.fewer,
+        "BLOCK": KEYS,
+        "BLOCKS": grouped.blocks,
+        "SHARED_BYTES": _grouped_bytes(grouped, room, chosen),
+        **chosen,
+    }
+
+
+def _grouped_bytes(grouped: Grouped, room: int, chosen: Mapping[str, int]) -> int:
+    """The shared memory of a block of it; the source asserts that it has the same idea."""
+
+    def columns(rows: int) -> int:
+        return 2 * room * (rows + 2)
+
+    keys = 4 * (KEYS + (KEYS if chosen["MASK_BIAS"] else 4)) + 16
+    stage = grouped.rows * (2 * columns(KEYS) + keys) + 2 * grouped.own * (KEYS + 8)
+    signals = 8 * 9
+    targets = 2 * grouped.rows * 32
+    size = targets + 2 * grouped.rows * columns(grouped.own) + 2 * stage + signals + MOST_WORKS
+    return -(-size // 16) * 16
+
+
+def _grouped(grouped: Grouped, shape: Shape, dtype: str, chosen: Mapping[str, int]) -> Launch:
+    """The launch of ``evoformer_warpgroup_forward``."""
+    defines = grouped_variant(grouped, dtype, shape.D, chosen)
+    works = -(-shape.Q // grouped.own) * -(-shape.S // grouped.rows) * shape.H * shape.B
+    at_once = MULTIPROCESSORS.get() * grouped.blocks
+    blocks = min(works, max(at_once, -(-works // MOST_WORKS)))
+    size = int(defines["SHARED_BYTES"])
+    return Launch(GROUPED_SOURCE, defines, GROUPED_SOURCE, blocks, (grouped.threads,), size)
 
 
 def _near(operands: Mapping[str, View]) -> bool:

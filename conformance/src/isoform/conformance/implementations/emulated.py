@@ -7,8 +7,10 @@ order in which threads can take turns, and must be the same bit by bit in all of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -113,16 +115,21 @@ def evoformer_attention_backward(
     )
 
 
-def evoformer_attention_backward_whole(dout: Array, *operands: Array, **others: Any) -> Gradients:
-    """:func:`evoformer_attention_backward` where one pass does q and the pair bias whenever it can,
-    as on a GPU that has the room, of however few rows s.
+@contextmanager
+def hopper() -> Iterator[None]:
+    """While this lasts, calls are launched as on a Hopper, what only that one has whenever it can be:
+    of however few rows s.
     """
     eager = {D: replace(one, rows=1) for D, one in tensor.WHOLE.items()}
-    before = tensor.WHOLES.set(eager)
+    wholes = tensor.WHOLES.set(eager)
+    groups = tensor.GROUPS.set(
+        {D: (replace(options[0], least=1, padded=inf),) for D, options in tensor.GROUPED.items()}
+    )
     try:
-        return evoformer_attention_backward(dout, *operands, **others)
+        yield
     finally:
-        tensor.WHOLES.reset(before)
+        tensor.GROUPS.reset(groups)
+        tensor.WHOLES.reset(wholes)
 
 
 CUDA_EMULATED = Implementation(
@@ -134,10 +141,11 @@ CUDA_EMULATED = Implementation(
     others=(CUDA_EMULATED_ROTARY, CUDA_EMULATED_ATTENTION),
 )
 
-CUDA_EMULATED_WHOLE = replace(
+CUDA_EMULATED_HOPPER = replace(
     CUDA_EMULATED,
-    name="cuda-emulated-whole",
-    backward=evoformer_attention_backward_whole,
+    name="cuda-emulated-hopper",
+    forward=hopper()(evoformer_attention),
+    backward=hopper()(evoformer_attention_backward),
     others=(),
 )
 

@@ -12,6 +12,7 @@
 
 using uint8 = cuda::std::uint8_t;
 using uint16 = cuda::std::uint16_t;
+using uint64 = cuda::std::uint64_t;
 
 // An array of the caller's, as it lies: no layout is demanded of it.
 struct Operand {

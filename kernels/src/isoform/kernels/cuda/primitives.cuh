@@ -69,8 +69,15 @@ __device__ inline unsigned pack(float low, float high) {
 #ifdef ISOFORM_EMULATED
 #include "emulated_primitives.h"
 __device__ inline float exp2_approximate(float x) { return exp2f(x); }
+__device__ inline float reciprocal_approximate(float x) { return 1.0f / x; }
 __device__ inline void rarely() {}
 __device__ inline int unknown_zero() { return 0; }
+__device__ inline void warpgroup_wait() {}
+__device__ inline void shared_for_warpgroups() {}
+template <int registers>
+__device__ inline void take_fewer_registers() {}
+template <int registers>
+__device__ inline void take_more_registers() {}
 using SharedAddress = const unsigned char *;
 __device__ inline SharedAddress shared_address(const void *place) {
     return static_cast<SharedAddress>(place);
@@ -142,6 +149,10 @@ __device__ inline void cp_async_16(void *shared, const void *global, bool wanted
                  "l"(global), "r"(static_cast<int>(wanted)));
 }
 
+__device__ inline void cp_async_16(void *shared, const void *global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global));
+}
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until `pending` groups of this thread's copies at most are under way.
@@ -149,6 +160,148 @@ template <int pending>
 __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+
+// A signal in shared memory, for those who wait until so many have arrived as it expects, again and
+// again: each time its phase ends, which was 0, then 1, then 0. To wait for the end of phase 1 of one that
+// was never waited for is to go on.
+struct alignas(8) Signal {
+    unsigned long long state;
+};
+
+__device__ inline void expect(Signal *signal, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(signal)), "r"(arrivals)
+                 : "memory");
+}
+
+// What the thread has written before is there for who has waited.
+__device__ inline void arrive(Signal *signal) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(
+                     shared_address(signal))
+                 : "memory");
+}
+
+// Arrives when all that the thread has begun to copy is there.
+__device__ inline void arrive_with_copies(Signal *signal) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(signal))
+                 : "memory");
+}
+
+__device__ inline void wait_for(Signal *signal, unsigned phase) {
+#if __CUDA_ARCH__ >= 900
+#define ISOFORM_WAIT "mbarrier.try_wait.parity.shared.b64"  // which sleeps a while
+#else
+#define ISOFORM_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+    asm volatile("{ .reg .pred over; again: " ISOFORM_WAIT " over, [%0], %1; @!over bra again; }" ::"r"(
+                     shared_address(signal)),
+                 "r"(phase)
+                 : "memory");
+#undef ISOFORM_WAIT
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define ISOFORM_WARPGROUPS 1
+
+// Products of a warpgroup: four warps, of which each has sixteen rows of the left operand and of the
+// result, in registers as for mma_m16n8k16. They stand between `warpgroup_begin` and `warpgroup_commit`,
+// and are under way until `warpgroup_wait`: till then neither operands nor results may be touched.
+//
+// A tile in shared memory is named by a descriptor. It lies in columns of pieces, 16 bytes each, and a
+// piece is eight elements of the axis that is adjacent in memory: `across` bytes from piece to piece of
+// the tile's row, 16 from row to row.
+__device__ inline unsigned long long descriptor(SharedAddress first, unsigned low, unsigned high) {
+    return static_cast<unsigned long long>(high / 16) << 32 | (low / 16 << 16 | (first & 0x3ffffu) / 16);
+}
+
+// Of a left operand, or a right one whose rows are the result's columns.
+__device__ inline unsigned long long by_rows(SharedAddress first, unsigned across) {
+    return descriptor(first, across, 128);
+}
+
+// Of a right operand whose rows are summed over.
+__device__ inline unsigned long long by_columns(SharedAddress first, unsigned across) {
+    return descriptor(first, 128, across);
+}
+
+__device__ inline void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ inline void warpgroup_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+__device__ inline void warpgroup_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// What was written to shared memory is seen by the products of a warpgroup after the next barrier.
+__device__ inline void shared_for_warpgroups() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+#if ELEMENT == 1
+#define ISOFORM_TYPES "f32.f16.f16"
+#else
+#define ISOFORM_TYPES "f32.bf16.bf16"
+#endif
+#define ISOFORM_FOUR(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+
+// x = A Bᵀ, or x + A Bᵀ, for 64 rows of A and of B by sixteen columns, both in shared memory.
+__device__ inline void warpgroup_multiply(float (&x)[8][4], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile(
+        "{ .reg .pred add; setp.ne.s32 add, %34, 0;"
+        "  wgmma.mma_async.sync.aligned.m64n64k16." ISOFORM_TYPES
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
+        "%25,%26,%27,%28,%29,%30,%31}, %32, %33, add, 1, 1, 0, 0; }"
+        : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1]), ISOFORM_FOUR(x[2]), ISOFORM_FOUR(x[3]),
+          ISOFORM_FOUR(x[4]), ISOFORM_FOUR(x[5]), ISOFORM_FOUR(x[6]), ISOFORM_FOUR(x[7])
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+// x += A B for sixteen columns of A, in registers, and sixteen rows of B.
+__device__ inline void warpgroup_multiply(float (&x)[2][4], const unsigned (&a)[4], unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16." ISOFORM_TYPES
+                 " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 1;"
+                 : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ inline void warpgroup_multiply(float (&x)[4][4], const unsigned (&a)[4], unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16." ISOFORM_TYPES
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20,"
+                 " 1, 1, 1, 1;"
+                 : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1]), ISOFORM_FOUR(x[2]), ISOFORM_FOUR(x[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ inline void warpgroup_multiply(float (&x)[6][4], const unsigned (&a)[4], unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n48k16." ISOFORM_TYPES
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
+                 "%23}, {%24,%25,%26,%27}, %28, 1, 1, 1, 1;"
+                 : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1]), ISOFORM_FOUR(x[2]), ISOFORM_FOUR(x[3]),
+                   ISOFORM_FOUR(x[4]), ISOFORM_FOUR(x[5])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#undef ISOFORM_FOUR
+#undef ISOFORM_TYPES
+
+// All four warps of a warpgroup give registers to others, or wait until they get some.
+template <int registers>
+__device__ inline void take_fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+template <int registers>
+__device__ inline void take_more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+#else
+__device__ inline void warpgroup_wait() {}
+__device__ inline void shared_for_warpgroups() {}
+template <int registers>
+__device__ inline void take_fewer_registers() {}
+template <int registers>
+__device__ inline void take_more_registers() {}
+#endif
 
 // Says that what stands beside it is rare: the compiler is to branch around it, not to compute it
 // always and select.
@@ -160,6 +313,21 @@ __device__ inline int unknown_zero() {
     int zero = 0;
     asm volatile("" : "+r"(zero));
     return zero;
+}
+
+// Four of the eight bytes of `high` and `low`, which are numbered from the lowest of `low` on: `chosen`
+// has a number in each of its four lowest half-bytes, and may have anything above.
+__device__ inline unsigned choose_bytes(unsigned low, unsigned high, unsigned chosen) {
+    unsigned result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(chosen));
+    return result;
+}
+
+// 1 / x to one unit in the last place; of a subnormal x it is ±inf.
+__device__ inline float reciprocal_approximate(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
 }
 
 // 2^x to two units in the last place; subnormal results are 0.

@@ -2,7 +2,7 @@
 //
 // The threads of a block are fibers. The scheduler goes over them again and again, in forward, in
 // reverse or in a shuffled order, and lets each run until it waits for others: at a barrier of the
-// block, or at an operation of its warp. Between two waits a thread runs alone, so a barrier that is
+// block, at an operation of its warp, or for a signal. Between two waits a thread runs alone, so a barrier that is
 // missing shows as a result that depends on the order.
 //
 // What CUDA leaves undefined and hardware lets pass is an error here, which names where the threads
@@ -34,7 +34,7 @@ static bool operator==(const Site& a, const Site& b) {
     return a.line == b.line && same(a.operation, b.operation) && same(a.file, b.file);
 }
 
-enum class State : unsigned char { ready, at_barrier, at_warp_operation, returned };
+enum class State : unsigned char { ready, at_barrier, at_warp_operation, at_signal, returned };
 
 // A copy of 16 bytes by cp.async that the thread has not waited for yet.
 struct PendingCopy {
@@ -49,6 +49,7 @@ struct Task : Thread {
     Site site{};
     unsigned mask = 0;
     int predicate = 0;
+    const Signal* signal = nullptr;
     unsigned copy_groups = 0;
     std::vector<PendingCopy> copies;
 };
@@ -195,6 +196,37 @@ void require_alignment(const Site& site, const void* address) {
     if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) {
         fail(described(*current) + ": an address at " + described(site) +
              " is no multiple of 16 bytes");
+    }
+}
+
+void require_byte(const Site& site, unsigned byte) {
+    if (byte > 7) {
+        fail(described(*current) + formatted(": there is no byte %u to choose at ", byte) +
+             described(site));
+    }
+}
+
+void arrive_at(const Site& site, Signal& signal) {
+    if (signal.lacking == 0 || signal.lacking > signal.expected || signal.expected > MAX_THREADS) {
+        fail(described(*current) + " arrives at " + described(site) + ", where nobody is expected");
+    }
+    if (--signal.lacking > 0) {
+        return;
+    }
+    signal.lacking = signal.expected;
+    ++signal.phase;
+    for (unsigned i = 0; i < progress.threads; ++i) {
+        if (tasks[i].state == State::at_signal && tasks[i].signal == &signal) {
+            tasks[i].state = State::ready;  // to look again
+        }
+    }
+}
+
+void wait_at(const Site& site, const Signal& signal, unsigned phase) {
+    running().site = site;
+    while (signal.phase % 2 == phase) {
+        running().signal = &signal;
+        wait(State::at_signal);
     }
 }
 

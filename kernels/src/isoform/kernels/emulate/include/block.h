@@ -55,15 +55,25 @@ unsigned arrive(const Site& site, unsigned mask);
 void wait_for_warp();
 void let_go(unsigned mask);
 
-// Faults that are found by what a lane asks for. Neither returns if it is one.
+// Faults that are found by what a lane asks for. None returns if it is one.
 void require_lane(unsigned taking_part, unsigned lane, int source);
 void require_alignment(const Site& site, const void* address);
+void require_byte(const Site& site, unsigned byte);
 
 // Copies of 16 bytes, of zeros where `source` is null, that arrive when the thread waits for them:
 // `pending` groups at most stay under way.
 void copy_later(void* target, const void* source);
 void close_group();
 void wait_for_copies(unsigned pending);
+
+// In shared memory: how many arrivals end a phase, how many this one still lacks, and which it is.
+struct alignas(8) Signal {
+    std::uint16_t expected, lacking;
+    std::uint32_t phase;
+};
+
+void arrive_at(const Site& site, Signal& signal);
+void wait_at(const Site& site, const Signal& signal, unsigned phase);
 
 // An operation of the lanes in `mask`. The last of them to arrive does it for all: `combine` maps
 // the lanes' inputs to their outputs.

@@ -121,6 +121,19 @@ inline void ldmatrix_x4_trans(unsigned (&matrices)[4], const void* row, ISOFORM_
     std::memcpy(matrices, words.values, sizeof words);
 }
 
+// Four of the eight bytes of `high` and `low`, numbered by the half-bytes of `chosen`. PTX takes a number
+// above 7 for something else.
+inline unsigned choose_bytes(unsigned low, unsigned high, unsigned chosen, ISOFORM_HERE) {
+    const std::uint64_t bytes = static_cast<std::uint64_t>(high) << 32 | low;
+    unsigned result = 0;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned byte = chosen >> 4 * i & 0xf;
+        isoform::emulate::require_byte(ISOFORM_SITE, byte);
+        result |= static_cast<unsigned>(bytes >> 8 * byte & 0xff) << 8 * i;
+    }
+    return result;
+}
+
 // Copy 16 bytes to shared memory, zeros where they are not wanted. As late as the device may: the
 // bytes arrive when the thread waits for them, so that who forgets to wait reads what was there before.
 inline void cp_async_16(void* shared, const void* global, bool wanted = true, ISOFORM_HERE) {
@@ -140,4 +153,29 @@ inline void cp_async_commit() {
 template <unsigned pending>
 void cp_async_wait() {
     isoform::emulate::wait_for_copies(pending);
+}
+
+// Signals of those that have arrived
+
+using isoform::emulate::Signal;
+
+inline void expect(Signal* signal, int arrivals) {
+    const auto count = static_cast<std::uint16_t>(arrivals);
+    *signal = {count, count, 0};
+}
+
+inline void arrive(Signal* signal, ISOFORM_HERE) {
+    isoform::emulate::arrive_at(ISOFORM_SITE, *signal);
+}
+
+// Arrive when all that the thread has begun to copy is there: which is now, as nobody can see a copy
+// before the signal's phase ends.
+inline void arrive_with_copies(Signal* signal, ISOFORM_HERE) {
+    cp_async_commit();
+    cp_async_wait<0>();
+    arrive(signal, file, line);
+}
+
+inline void wait_for(Signal* signal, unsigned phase, ISOFORM_HERE) {
+    isoform::emulate::wait_at(ISOFORM_SITE, *signal, phase);
 }

@@ -1,0 +1,557 @@
+// Evoformer attention on the tensor cores of Hopper: out and lse.
+//
+// What `evoformer_tensor_forward.cu` computes, by the same algorithm and with the same logits, where a
+// logit is to cost few instructions. There, a warp fetches each tile of keys from shared memory for 32
+// queries, by instructions of its own; here, four warps multiply 64 queries by a tile that lies where
+// it is (`wgmma`), and what is left of a logit is its softmax: to widen its pair bias and drop its key
+// (one byte permutation does both), scale and add, compare, shift, exponentiate, sum.
+//
+// A block does GROUPS warpgroups of queries, of one head, of ROWS rows s, and then others: there are as
+// many blocks as can be at once. A warp does one row after the other with the same tile of the pair bias,
+// which is read once for all of them. One warpgroup more copies the next tiles meanwhile, and gives its
+// registers to the others: who multiplies issues no copies, and waits for nobody else, warp by warp.
+//
+// Defines, besides those of evoformer_tensor.cuh: GROUPS, ROWS, and FEWER, the registers of a thread that
+// copies. Rows of all operands, and of the pair bias, which must be there, are copied 16 bytes at a time.
+// M_TILES is 1, BLOCK is 64.
+
+#include "evoformer_tensor.cuh"
+
+constexpr int QUERIES = 64 * GROUPS;
+constexpr int MULTIPLYING = 128 * GROUPS, COPYING = 128;  // threads
+constexpr int STAGES = 2;
+
+// Registers of a thread that multiplies: all threads have as many at first, in eights, of what there are,
+// and then those that copy give theirs.
+constexpr int EQUAL_SHARE = 65536 / (MULTIPLYING + COPYING) / BLOCKS / 8 * 8;
+constexpr int MORE = (EQUAL_SHARE + (EQUAL_SHARE - FEWER) / GROUPS) / 8 * 8;
+constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, in a row
+constexpr int CHANNEL_TILES = HEAD_DIM / 8, KEY_TILES = BLOCK / 8;
+
+static_assert(BLOCK == 64 && M_TILES == 1 && ALIGNED && ALIGNED_BIAS && PAIR_BIAS && !GATED,
+              "this is all that the kernel does");
+
+// Rows in columns of pieces, as a warpgroup's products read them. Two more in every column: the pieces of
+// two rows that eight threads copy lie in different banks.
+template <int SIZE>
+struct Columns {
+    uint4 piece[PIECES][SIZE + 2];
+
+    static constexpr unsigned ACROSS = 16 * (SIZE + 2);
+};
+
+using KeyRows = Columns<BLOCK>;
+using QueryRows = Columns<QUERIES>;
+
+// What a tile of keys brings to the logits besides k. `choice` says how an element of the pair bias
+// becomes a float, −inf where the key is dropped: for bfloat16, which bytes of the pair that it is in,
+// and of −inf, make it up; for float16, where the pair has bits that are kept.
+struct alignas(16) KeyTile {
+    unsigned choice[BLOCK];
+    float bias[MASK_BIAS ? BLOCK : 4];
+    unsigned any, unused[3];  // whether any is kept
+};
+
+struct Stage {
+    KeyRows k[ROWS], v[ROWS];
+    BiasRow pair_bias[QUERIES];
+    KeyTile keys[ROWS];
+};
+
+// Where the results of one row s go: of the block's first query.
+struct Target {
+    Element *out;
+    float *lse;    // null where it is not wanted
+    int64 number;  // of those the backward wants, −1 where it is not wanted
+    int64 queries;  // that there are, 0 if the row is not there
+};
+
+constexpr int MOST_WORKS = 4096;  // of a block
+
+struct Shared {
+    QueryRows q[STAGES][ROWS];
+    Target target[STAGES][ROWS];
+    Stage stage[STAGES];
+    Signal q_there[STAGES], q_done[STAGES], there[STAGES], done[STAGES], finished;
+    unsigned char again[MOST_WORKS];  // which of the block's works are to be done again, carefully
+};
+
+static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
+
+#if ELEMENT == 2
+constexpr unsigned DROPPED = 0x7644;
+__device__ inline unsigned choice_of(int j) { return j % 2 == 0 ? 0x1044 : 0x3244; }
+__device__ inline float2 choose(unsigned pair, uint2 choice) {
+    return make_float2(__uint_as_float(choose_bytes(pair, 0xff800000u, choice.x)),
+                       __uint_as_float(choose_bytes(pair, 0xff800000u, choice.y)));
+}
+#else
+constexpr unsigned DROPPED = 0;
+__device__ inline unsigned choice_of(int j) { return j % 2 == 0 ? 0xffffu : 0xffff0000u; }
+__device__ inline float2 choose(unsigned pair, uint2 choice) {
+    const unsigned keep = choice.x | choice.y;
+    return unpack((pair & keep) | (~keep & MINUS_INFINITIES));
+}
+#endif
+
+// Begins to multiply the warp's sixteen queries, from `query` on, by the tile's keys.
+__device__ inline void multiply_by_keys(float (&s)[KEY_TILES][4], const QueryRows &q, int query,
+                                        const KeyRows &k) {
+#ifdef ISOFORM_WARPGROUPS
+    const uint64 left = by_rows(shared_address(&q.piece[0][query / 64 * 64]), QueryRows::ACROSS);
+    const uint64 right = by_rows(shared_address(&k.piece[0][0]), KeyRows::ACROSS);
+    warpgroup_begin();
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+        warpgroup_multiply(s, left + step * (2 * QueryRows::ACROSS / 16),
+                           right + step * (2 * KeyRows::ACROSS / 16), step > 0);
+    warpgroup_commit();
+#else
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        unsigned left[4];
+        ldmatrix_x4(left, &q.piece[2 * step + lane() / 16][query + lane() % 16]);
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n += 2) {
+            unsigned words[4];
+            ldmatrix_x4(words,
+                        &k.piece[2 * step + lane() / 8 % 2][8 * n + lane() % 8 + 8 * (lane() / 16)]);
+            const unsigned first[2] = {words[0], words[1]}, second[2] = {words[2], words[3]};
+            mma_m16n8k16<Element>(s[n], left, first);
+            mma_m16n8k16<Element>(s[n + 1], left, second);
+        }
+    }
+#endif
+}
+
+// o += weights · v.
+__device__ inline void multiply_by_values(float (&o)[CHANNEL_TILES][4],
+                                          const unsigned (&weights)[BLOCK / 16][4],
+                                          const KeyRows &v) {
+#ifdef ISOFORM_WARPGROUPS
+    const uint64 right = by_columns(shared_address(&v.piece[0][0]), KeyRows::ACROSS);
+    warpgroup_begin();
+#pragma unroll
+    for (int keys = 0; keys < BLOCK / 16; ++keys)
+        warpgroup_multiply(o, weights[keys], right + keys * 16);
+    warpgroup_commit();
+    warpgroup_wait();
+#else
+#pragma unroll
+    for (int keys = 0; keys < BLOCK / 16; ++keys)
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            unsigned words[4];
+            ldmatrix_x4_trans(words, &v.piece[2 * step + lane() / 16][16 * keys + lane() % 16]);
+            const unsigned first[2] = {words[0], words[1]}, second[2] = {words[2], words[3]};
+            mma_m16n8k16<Element>(o[2 * step], weights[keys], first);
+            mma_m16n8k16<Element>(o[2 * step + 1], weights[keys], second);
+        }
+#endif
+}
+
+// The softmax so far of a lane's two queries of one row s, lane / 4 and lane / 4 + 8 of the warp's:
+// Σ e^(s − top) v and Σ e^(s − top), the latter of the lane's keys.
+//
+// At first top is −HUGE_LOGIT, which spares us the question whether there is a logit yet. Who has none
+// above that is done again, carefully, with a top that starts at −inf.
+struct Running {
+    float o[CHANNEL_TILES][4];
+    float total[2], top[2];
+
+    __device__ void start(bool careful) {
+        total[0] = total[1] = 0.0f;
+        top[0] = top[1] = careful ? -infinity() : -HUGE_LOGIT;
+#pragma unroll
+        for (int n = 0; n < CHANNEL_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[n][e] = 0.0f;
+    }
+
+    // Raises top to the largest logit so far, of those the lanes of a row have.
+    template <bool CAREFUL>
+    __device__ void raise(int half, float most) {
+        most = fmaxf(most, top[half]);
+        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+        float by;
+        if (CAREFUL)
+            by = top[half] == -infinity() ? 0.0f : exp2_approximate((top[half] - most) * LOG2_E);
+        else
+            by = exp2_approximate(top[half] * LOG2_E - most * LOG2_E);
+        top[half] = most;
+        total[half] *= by;
+#pragma unroll
+        for (int n = 0; n < CHANNEL_TILES; ++n) o[n][2 * half] *= by, o[n][2 * half + 1] *= by;
+    }
+
+    // Whether the quick way may have gone wrong in one of the warp's first `queries`: no logit within
+    // bounds, or something not finite.
+    __device__ bool doubtful(int64 queries) const {
+        bool found = false;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            found |= lane() / 4 + 8 * half < queries &&
+                     (!(fabsf(top[half]) < HUGE_LOGIT) || total[half] != total[half]);
+        return found;
+    }
+};
+
+// Adds a tile of keys to the softmax of the warp's queries, `query` the first in the block.
+template <bool CAREFUL>
+__device__ inline void attend(Running &running, const QueryRows &q, int query, const KeyRows &k,
+                              const KeyRows &v, const BiasRow *pair_bias, const KeyTile &keys,
+                              float scale) {
+    float s[KEY_TILES][4];
+    multiply_by_keys(s, q, query, k);
+    warpgroup_wait();
+
+    // Logits (rule EVO-2), −inf where the key is dropped.
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n += 2) {
+        unsigned bias[4];  // rows, rows + 8; then the next eight keys
+        ldmatrix_x4(bias, pair_bias[query + lane() % 16] + 8 * n + 8 * (lane() / 16));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int key = 8 * (n + i) + 2 * (lane() % 4);
+            const uint2 choice = *reinterpret_cast<const uint2 *>(keys.choice + key);
+            float2 mask_bias = {};
+            if (MASK_BIAS) mask_bias = *reinterpret_cast<const float2 *>(keys.bias + key);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float *logit = &s[n + i][2 * half];
+                const float2 add = choose(bias[2 * i + half], choice);
+                if (MASK_BIAS) {
+                    logit[0] = fmaf(logit[0], scale, mask_bias.x) + add.x;
+                    logit[1] = fmaf(logit[1], scale, mask_bias.y) + add.y;
+                } else {
+                    logit[0] = fmaf(logit[0], scale, add.x);
+                    logit[1] = fmaf(logit[1], scale, add.y);
+                }
+                if (CAREFUL) {  // beside a query that is not finite, −inf became NaN
+                    if (choice.x == DROPPED) logit[0] = -infinity();
+                    if (choice.y == DROPPED) logit[1] = -infinity();
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float most = fmaxf(s[0][2 * half], s[0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < KEY_TILES; ++n)
+            most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        running.raise<CAREFUL>(half, most);
+    }
+    unsigned weights[BLOCK / 16][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float top = running.top[half], shift = top * LOG2_E;
+        float sum = 0.0f;  // by itself: shorter sums round less
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n) {
+            const float low = exponential<CAREFUL>(s[n][2 * half], top, shift);
+            const float high = exponential<CAREFUL>(s[n][2 * half + 1], top, shift);
+            sum += low;
+            sum += high;
+            weights[n / 2][n % 2 * 2 + half] = pack(low, high);
+        }
+        running.total[half] += sum;
+    }
+    multiply_by_values(running.o, weights, v);
+}
+
+// --- What a block does ---------------------------------------------------------------------------
+
+// Queries from `first` on, of one head, of the rows from at.s on.
+struct Place {
+    Head at;
+    int64 first;
+
+    __device__ Place(const EvoformerArguments &a, unsigned work) {
+        Blocks block = {work};
+        first = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
+        at.h = block.next(a.H), at.s = block.next(tiles_of(a.S, ROWS)) * ROWS, at.b = block.rest;
+    }
+
+    __device__ Head row(int r) const { return {at.b, at.s + r, at.h}; }
+};
+
+__device__ inline unsigned works(const EvoformerArguments &a) {
+    return static_cast<unsigned>(a.B * a.H) * tiles_of(a.S, ROWS) * tiles_of(a.Q, QUERIES);
+}
+
+// Stages, of tiles of keys and of queries, are used in turn. The phase changes each time round.
+struct Turn {
+    unsigned count = 0;
+
+    __device__ int stage() const { return count % STAGES; }
+    __device__ unsigned phase() const { return count / STAGES % 2; }
+};
+
+
+
+// --- The warps that copy -------------------------------------------------------------------------
+
+__device__ inline int copier() { return static_cast<int>(threadIdx.x) - MULTIPLYING; }
+
+// Some threads' part in copying rows of 16-byte pieces into columns: each has the same piece of every
+// AT_ONCE-th row.
+template <int THREADS>
+struct Share {
+    static constexpr int AT_ONCE = THREADS / (PIECES == 6 ? 8 : PIECES);  // a divisor of every SIZE
+
+    int row, piece;
+    bool there;  // whether the thread has any, and they have channels
+
+    __device__ Share(const EvoformerArguments &a, int thread)
+        : row(thread / PIECES), piece(thread % PIECES),
+          there(thread < AT_ONCE * PIECES && 8 * piece < static_cast<int>(a.D)) {}
+
+    __device__ const Element *first(const Element *origin, int64 stride) const {
+        return origin + row * stride + 8 * piece;
+    }
+
+    // Zeros in rows that are not wanted, which are not even read (rule EVO-4), and beyond D. `from` is
+    // the thread's first piece.
+    template <int SIZE, class Wanted>
+    __device__ void copy(Columns<SIZE> &tile, const Element *from, int64 stride,
+                         const Wanted &wanted) const {
+        if (row >= AT_ONCE) return;
+        uint4 *to = &tile.piece[piece][row];
+#pragma unroll 4
+        for (int i = 0; i < SIZE; i += AT_ONCE) {
+            cp_async_16(to + i, from, there && wanted(i));
+            from += AT_ONCE * stride;
+        }
+    }
+};
+
+__device__ inline Target target_of(const EvoformerArguments &a, const Head &at, int64 first,
+                                   int queries) {
+    float *lse = nullptr;
+    if (a.lse.data != nullptr)
+        lse = static_cast<float *>(a.lse.data) + at.b * a.lse.stride[0] + at.s * a.lse.stride[1] +
+              at.h * a.lse.stride[2] + first * a.lse.stride[3];
+    const int64 number = a.top == nullptr ? -1 : number_of(a, at, first);
+    return {channels_of(a.out, at, first), lse, number, queries};
+}
+
+// Copies all that the block multiplies, in the order in which it does. Each of the four warps has its share
+// of q and of the pair bias, and k or v of every second row s.
+template <bool CAREFUL>
+__device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Turn &q_turn) {
+    constexpr int PER_ROW = BLOCK / 8, AT_ONCE = COPYING / PER_ROW, SHARE = (ROWS + 1) / 2;
+    const bool values = copier() / 32 % 2 == 1;
+    const int64 stride = values ? a.v.stride[2] : a.k.stride[2];
+    const int row = copier() / PER_ROW, column = copier() % PER_ROW * 8;  // of the pair bias
+    const Share<COPYING> of_queries(a, copier());
+    const Share<32> of_keys(a, lane());
+    const unsigned last = works(a);
+    for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
+        if (CAREFUL && !shared.again[n]) continue;
+        const int buffer = q_turn.stage();
+        wait_for(&shared.q_done[buffer], 1 - q_turn.phase());
+        const Place place(a, work);
+        const int queries = clamp(a.Q - place.first, 0, QUERIES);
+#pragma unroll 1
+        for (int r = 0; r < ROWS; ++r) {
+            const Head at = place.row(r);
+            const int rows = at.s < a.S ? queries : 0, ours = rows - of_queries.row;
+            of_queries.copy(shared.q[buffer][r],
+                            of_queries.first(channels_of(a.q, at, place.first), a.q.stride[2]),
+                            a.q.stride[2], [=](int i) { return i < ours; });
+            if (copier() == 0) shared.target[buffer][r] = target_of(a, at, place.first, rows);
+        }
+        arrive_with_copies(&shared.q_there[buffer]);
+        arrive(&shared.q_there[buffer]);
+        ++q_turn.count;
+
+        const Head group = a.H == a.G ? place.at : group_of(a, place.at);
+        KeyStream keys[SHARE][2];    // the lane's two of a tile
+        KeyStream::Raw raw[SHARE][2];  // of the next tile
+        const Element *from[SHARE];
+        const int first_row = copier() / 64;  // the warp's first row s, of every second
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) {
+            const int r = first_row + 2 * i;
+            const bool present = r < ROWS && place.at.s + r < a.S;
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                keys[i][part] = KeyStream(a, place.row(r), present, lane() + 32 * part);
+                raw[i][part] = keys[i][part].read(a);
+            }
+            from[i] = of_keys.first(
+                channels_of(values ? a.v : a.k, {group.b, group.s + r, group.h}, 0), stride);
+        }
+        const Element *pair_bias = static_cast<const Element *>(a.pair_bias.data) +
+                                   place.at.b * a.pair_bias.stride[0] +
+                                   place.at.h * a.pair_bias.stride[2] +
+                                   (place.first + row) * a.pair_bias.stride[3] + column;
+        for (int left = static_cast<int>(a.K); left > 0; left -= BLOCK, ++turn.count) {
+            Stage &stage = shared.stage[turn.stage()];
+            wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+            BiasRow *to = stage.pair_bias + row;
+            const Element *piece = pair_bias;
+            if (queries == QUERIES && left >= BLOCK) {
+#pragma unroll 4
+                for (int i = 0; i < QUERIES; i += AT_ONCE) {
+                    cp_async_16(to[i] + column, piece);
+                    piece += AT_ONCE * a.pair_bias.stride[3];
+                }
+            } else {
+#pragma unroll 1
+                for (int i = 0; i < QUERIES; i += AT_ONCE) {
+                    cp_async_16(to[i] + column, piece, i + row < queries && column < left);
+                    piece += AT_ONCE * a.pair_bias.stride[3];
+                }
+            }
+            pair_bias += BLOCK;
+#pragma unroll
+            for (int i = 0; i < SHARE; ++i) {
+                const int r = first_row + 2 * i;
+                if (r >= ROWS) break;
+                KeyTile &told = stage.keys[r];
+                uint64 kept = 0;
+#pragma unroll
+                for (int part = 0; part < 2; ++part) {
+                    const bool keep = raw[i][part].mask != 0;
+                    kept |= static_cast<uint64>(__ballot_sync(ALL_LANES, keep)) << 32 * part;
+                    if (values) continue;
+                    const int j = lane() + 32 * part;
+                    told.choice[j] = keep ? choice_of(j) : DROPPED;
+                    if (MASK_BIAS) told.bias[j] = keep ? to_float(raw[i][part].bias) : -infinity();
+                }
+                if (!values && lane() == 0) told.any = kept != 0;
+                const uint64 ours = kept >> of_keys.row;
+                of_keys.copy(values ? stage.v[r] : stage.k[r], from[i], stride,
+                             [=](int j) { return (ours >> j & 1) != 0; });
+                from[i] += BLOCK * stride;
+#pragma unroll
+                for (int part = 0; part < 2; ++part) raw[i][part] = keys[i][part].read(a);
+            }
+            arrive_with_copies(&shared.there[turn.stage()]);
+            arrive(&shared.there[turn.stage()]);
+        }
+    }
+}
+
+// --- The warps that multiply ---------------------------------------------------------------------
+
+// Writes the warp's queries of one row s, from `query` of the block on.
+__device__ inline void finish(const EvoformerArguments &a, const Running &running,
+                              const Target &target, int query, bool seen) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float total = over_row(running.total[half]);
+        const bool alive = total != 0.0f;  // not top: a row of nothing but NaN has no largest logit
+        const int i = query + lane() / 4 + 8 * half;
+        if (i >= target.queries) continue;
+        if (lane() % 4 == 0) {
+            const float top = seen ? running.top[half] : -infinity();
+            if (target.lse != nullptr)
+                target.lse[i * a.lse.stride[3]] = alive ? top + logf(total) : -infinity();
+            if (target.number >= 0) keep_softmax(a, target.number + i, top, total);
+        }
+        const float inverse = reciprocal_approximate(total);
+        Element *out = target.out + i * a.out.stride[2] + 2 * (lane() % 4);
+#pragma unroll
+        for (int n = 0; n < CHANNEL_TILES; ++n)
+            if (8 * n < static_cast<int>(a.D))
+                *reinterpret_cast<unsigned *>(out + 8 * n) =
+                    alive ? pack(running.o[n][2 * half] * inverse,
+                                 running.o[n][2 * half + 1] * inverse)
+                          : 0u;
+    }
+}
+
+template <bool CAREFUL>
+__device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn, Turn &q_turn) {
+    const int query = static_cast<int>(threadIdx.x) / 32 * 16;  // the warp's first in the block
+    const unsigned last = works(a);
+    const int tiles = tiles_of(a.K, BLOCK);
+    for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
+        if (CAREFUL && !shared.again[n]) continue;
+        Running running[ROWS];
+        bool seen[ROWS];  // whether any key is kept
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) running[r].start(CAREFUL), seen[r] = false;
+
+        const int buffer = q_turn.stage();
+        wait_for(&shared.q_there[buffer], q_turn.phase());
+        for (int t = 0; t < tiles; ++t, ++turn.count) {
+            const Stage &stage = shared.stage[turn.stage()];
+            wait_for(&shared.there[turn.stage()], turn.phase());
+            __syncwarp();
+            bool any[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) any[r] = stage.keys[r].any != 0;
+            shared_for_warpgroups();
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                if (!any[r]) continue;
+                seen[r] = true;
+                attend<CAREFUL>(running[r], shared.q[buffer][r], query, stage.k[r], stage.v[r],
+                                stage.pair_bias, stage.keys[r], a.scale);
+            }
+            __syncwarp();
+            if (lane() == 0) arrive(&shared.done[turn.stage()]);
+        }
+        bool misfit = false;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const Target &target = shared.target[buffer][r];
+            misfit |= seen[r] && running[r].doubtful(target.queries - query);
+            finish(a, running[r], target, query, seen[r]);
+        }
+        __syncwarp();
+        if (lane() == 0) arrive(&shared.q_done[buffer]);
+        ++q_turn.count;
+        if (!CAREFUL && misfit) shared.again[n] = 1;
+    }
+}
+
+// Whether anything is to be done again: after all have done all.
+__device__ inline bool any_again(Shared &shared) {
+    wait_for(&shared.finished, 0);
+    bool found = false;
+    for (int n = lane(); n < MOST_WORKS; n += 32) found |= shared.again[n] != 0;
+    return __any_sync(ALL_LANES, found);
+}
+
+extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
+    evoformer_warpgroup_forward(const EvoformerArguments a) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared &shared = *reinterpret_cast<Shared *>(memory);
+
+    for (int n = threadIdx.x; n < MOST_WORKS; n += blockDim.x) shared.again[n] = 0;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            // by each thread that copies twice: with its copies, and with what it has written itself
+            expect(&shared.q_there[i], 2 * COPYING), expect(&shared.there[i], 2 * COPYING);
+            expect(&shared.q_done[i], MULTIPLYING / 32), expect(&shared.done[i], MULTIPLYING / 32);
+        }
+        expect(&shared.finished, MULTIPLYING);
+    }
+    __syncthreads();
+
+    Turn turn, q_turn;
+    if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
+        take_fewer_registers<FEWER>();
+        copy<false>(a, shared, turn, q_turn);
+        if (any_again(shared)) copy<true>(a, shared, turn, q_turn);
+    } else {
+        take_more_registers<MORE>();
+        multiply<false>(a, shared, turn, q_turn);
+        arrive(&shared.finished);
+        if (any_again(shared)) {
+            rarely();
+            multiply<true>(a, shared, turn, q_turn);
+        }
+    }
+}
