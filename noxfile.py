@@ -33,6 +33,10 @@ EMULATED_HOPPER_CASES = (
     *("evoformer/length-17/*16/mask+pair-bias", "evoformer/lengths-5-300/bf16/mask+pair-bias"),
     *("evoformer/head-dim-16/fp16/mask+pair-bias", "evoformer/operands/bf16/*pair-bias"),
     "evoformer/values-plain/*16/large-logits",
+    "evoformer/values-plain/bf16/*",
+    *("evoformer/heads-*/bf16/mask+pair-bias", "evoformer/values/bf16/huge-negative-bias"),
+    *("evoformer/lengths-1-64/bf16/mask+pair-bias", "evoformer/empty-plain/bf16/*"),
+    "evoformer/layout-plain/bf16/*",
 )
 EMULATED_CASES = (
     "evoformer/length-17/*/all-*",
@@ -167,14 +171,15 @@ def emulate(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """What needs an NVIDIA GPU; fails where there is none. ``-- --large`` adds the full sizes.
 
-    The tests that want one; every case on `cuda` and on `cuda-plain`, of which a line each goes
-    into ci/results/gpu.jsonl; those peers that are installed, into ci/results/peers.jsonl; and the
+    The tests that want one; every case on `cuda`, on its plain kernel and on those that are only
+    taken for large calls, of which a line each goes into ci/results/gpu.jsonl; those peers that are
+    installed, into ci/results/peers.jsonl; and the
     quick cases under compute-sanitizer.
     """
     install(session, "torch", "conformance", cuda_extra(session), groups="test")
     tested = ("kernels/tests", "parallel/tests/test_local.py", "conformance/tests/test_oracle.py")
     session.run("pytest", *tested, env={"ISOFORM_REQUIRE_GPU": "1"})
-    for name in ("CUDA", "CUDA_PLAIN", "CUDA_FLASH", "CUDA_CUDNN"):
+    for name in ("CUDA", "CUDA_PLAIN", "CUDA_EAGER", "CUDA_FLASH", "CUDA_CUDNN"):
         judged = f"isoform.conformance.implementations.cuda:{name}"
         record = ("ci/gpu_record.py", judged, "ci/results/gpu.jsonl")
         session.run("python", *record, *session.posargs)

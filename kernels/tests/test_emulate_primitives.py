@@ -130,3 +130,73 @@ def test_addresses_are_aligned(tmp_path: Path, call: str) -> None:
     source = f"KERNEL(crooked) {{ unsigned r[4]; (void)r; {call} }}"
     with pytest.raises(KernelFault, match=r"multiple of 16 bytes"):
         run(tmp_path, source, "crooked", numbers, numbers, numbers)
+
+
+def test_bytes_are_chosen(tmp_path: Path) -> None:
+    source = """
+    KERNEL(choose) {
+        const unsigned* words = static_cast<const unsigned*>(arguments.a);
+        const unsigned chosen = choose_bytes(words[0], words[1], 0x7230);
+        reinterpret_cast<unsigned*>(arguments.c)[threadIdx.x] = chosen;
+    }"""
+    words = np.array([0x33221100, 0x77665544], np.uint32)
+    found = np.zeros(32, np.float32)
+    run(tmp_path, source, "choose", words, words, found)
+    assert (found.view(np.uint32) == 0x77223300).all()
+    with pytest.raises(KernelFault, match="there is no byte 8 to choose"):
+        run(tmp_path, source.replace("0x7230", "0x8230"), "choose", words, words, found)
+
+
+# One lane writes, eight times, what the others then read: none goes on before all have read.
+SIGNALS = """
+KERNEL(signals) {
+    __shared__ Signal written, read;
+    __shared__ int number;
+    if (threadIdx.x == 0) expect(&written, 1), expect(&read, 31);
+    __syncthreads();
+    float sum = 0.0f;
+    for (int i = 0; i < 8; ++i) {
+        if (threadIdx.x == 0) {
+            WAIT(&read, 1 - i % 2);
+            number = i * i;
+            arrive(&written);
+        } else {
+            wait_for(&written, i % 2);
+            sum += number;
+            READ
+        }
+    }
+    arguments.c[threadIdx.x] = sum;
+}"""
+
+
+def signal(folder: Path, read: str = "arrive(&read);", wait: str = "wait_for") -> Any:
+    found = np.full(32, np.nan, np.float32)
+    run(folder, SIGNALS, "signals", found, found, found, READ=read, WAIT=wait)
+    return found
+
+
+def test_signals_are_waited_for(tmp_path: Path) -> None:
+    assert signal(tmp_path).tolist() == [0] + 31 * [sum(i * i for i in range(8))]
+
+
+def test_who_does_not_wait_is_seen(tmp_path: Path) -> None:
+    with pytest.raises(
+        KernelFault, match=r"wait for each other: 1 have returned, 31 wait at wait_for"
+    ):
+        signal(tmp_path, wait="(void)")
+
+
+def test_a_signal_that_nobody_gives_is_a_deadlock(tmp_path: Path) -> None:
+    with pytest.raises(KernelFault, match=r"wait for each other: 1 wait at wait_for"):
+        signal(tmp_path, read="")
+
+
+def test_who_is_not_expected_may_not_arrive(tmp_path: Path) -> None:
+    with pytest.raises(KernelFault, match="where nobody is expected"):
+        run(
+            tmp_path,
+            "KERNEL(poison) { __shared__ Signal none; arrive(&none); }",
+            "poison",
+            *(np.zeros(1) for _ in range(3)),
+        )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from isoform.kernels.choice import BY_NAME, KERNELS, reasons, select
+from isoform.kernels.choice import BY_NAME, EAGER, KERNELS, reasons, select
 from isoform.reference.contract import Call, Shape, Unsupported
 
 
@@ -43,8 +43,15 @@ def test_a_kernel_can_be_asked_for():
     assert [select(a_call(), only=kernel.name) for kernel in KERNELS] == list(KERNELS)
 
 
+def test_special_kernels_are_taken_eagerly_by_who_asks_for_it():
+    call = a_call()
+    assert select(call, only="cuda-tensor-eager") is EAGER
+    assert select(call) is not EAGER
+    assert "cuda-tensor-eager" not in [kernel.name for kernel in KERNELS]
+
+
 def test_a_name_that_there_is_not_is_answered_with_those_there_are():
-    with pytest.raises(ValueError, match="one of cuda-tensor, cuda-plain, got 'cuda-magic'"):
+    with pytest.raises(ValueError, match=r"one of cuda-tensor, .*-eager, got 'cuda-magic'"):
         select(a_call(), only="cuda-magic")
 
 

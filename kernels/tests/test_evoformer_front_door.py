@@ -84,7 +84,7 @@ def test_explain_says_which_kernel_would_run(monkeypatch):
 @pytest.mark.parametrize("attention", [evoformer_attention, evoformer_attention_backward])
 def test_a_kernel_asked_for_by_name_runs_or_says_why_not(attention, monkeypatch):
     dout = [operands()["q"]] if attention is evoformer_attention_backward else []
-    with pytest.raises(ValueError, match="must be one of cuda-tensor, cuda-plain, got 'fastest'"):
+    with pytest.raises(ValueError, match=r"must be one of cuda-tensor, .*, got 'fastest'"):
         attention(*dout, **operands(), kernel="fastest")
     on_a_gpu(monkeypatch)
     with pytest.raises(Unsupported, match="cuda-tensor: dtype float32") as raised:

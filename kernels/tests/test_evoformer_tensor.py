@@ -38,6 +38,12 @@ def whole(shape, names=UNGATED, wanted=UNGATED, room=tensor.ROOM, multiprocessor
         return tensor.backward(shape, "bfloat16", lying(shape, names) | views, wanted)
 
 
+def on_hopper(shape, names=UNGATED, architecture="sm_90", multiprocessors=132, **views):
+    """The forward on a GPU of an architecture."""
+    with geometries.of_device("a GPU", tensor.ROOM, multiprocessors, architecture):
+        return tensor.forward(shape, "bfloat16", lying(shape, names) | views)
+
+
 def kernels(work):
     return [launch.kernel.removeprefix("evoformer_tensor_") for launch in work.launches]
 
@@ -52,13 +58,16 @@ def tiles(length, size):
 def test_every_kernel_of_the_sources_is_launched_and_no_other():
     defined = {
         kernel
-        for file in SOURCES.glob("evoformer_tensor_*.cu")
+        for file in SOURCES.glob("evoformer_[tw]*.cu")
         for kernel in re.findall(
-            r"__global__.*?(evoformer_tensor_\w+)\(", file.read_text("utf-8"), re.DOTALL
+            r"__global__.*?(evoformer_(?:tensor|warpgroup)_\w+)\(",
+            file.read_text("utf-8"),
+            re.DOTALL,
         )
     }
     works = (
         tensor.forward(SHAPE, "bfloat16", lying()),
+        on_hopper(TRIANGLE),
         tensor.backward(SHAPE, "bfloat16", lying(), ALL),
         whole(TRIANGLE),
     )
@@ -106,6 +115,75 @@ def test_only_what_is_wanted_is_launched(wanted, launches, scratch):
     assert kernels(work) == launches
     sized = {name for name in work.scratch if name not in ("pair_bias_sums", "turns")}
     assert sized == set(scratch)
+
+
+# --- The forward where four warps multiply together -----------------------------------------------
+
+GROUPED = {
+    "triangle 512": (TRIANGLE, 4),
+    "triangle 384": (Shape(1, 384, 384, 384, 4, 4, 32), 3),
+    "diffusion": (Shape(1, 48, 768, 768, 16, 16, 48), 3),
+    "diffusion, small": (Shape(1, 48, 256, 256, 16, 16, 48), 4),
+    "extra MSA": (Shape(1, 5120, 384, 384, 8, 8, 8), 2),
+    "grouped heads": (Shape(2, 33, 250, 400, 4, 2, 16), 2),
+}
+UNGROUPED = {
+    "few rows": ({"S": 15}, {}),
+    "many queries that are not there": ({"Q": 120}, {}),
+    "a larger head dim": ({"D": 64}, {}),
+    "channels that cannot be copied 16 bytes at a time": ({"D": 20}, {}),
+    "a pair bias that cannot": ({"K": 500}, {}),
+    "a gate": ({}, {"names": ALL}),
+    "no pair bias": ({}, {"names": BARE}),
+    "an older architecture": ({}, {"architecture": "sm_89"}),
+    "a newer one": ({}, {"architecture": "sm_100"}),
+}
+
+
+@pytest.mark.parametrize(("shape", "groups"), GROUPED.values(), ids=GROUPED)
+def test_warpgroups_do_the_forward(shape, groups):
+    (forward,) = on_hopper(shape).launches
+    assert forward.source == forward.kernel == tensor.GROUPED_SOURCE
+    assert forward.defines["GROUPS"] == groups
+    assert forward.threads == (128 * groups + 128,)
+    works = tiles(shape.Q, 64 * groups) * tiles(shape.S, forward.defines["ROWS"])
+    works *= shape.H * shape.B
+    assert forward.blocks == min(works, 132 * forward.defines["BLOCKS"])
+
+
+@pytest.mark.parametrize(("sizes", "how"), UNGROUPED.values(), ids=UNGROUPED)
+def test_elsewhere_warps_do_it_by_themselves(sizes, how):
+    shape = Shape(**{axis: getattr(TRIANGLE, axis) for axis in "BSQKHGD"} | sizes)
+    (forward,) = on_hopper(shape, **how).launches
+    assert forward.kernel == "evoformer_tensor_forward"
+
+
+def test_no_block_has_more_to_do_than_it_can_remember():
+    (forward,) = on_hopper(Shape(16, 2048, 512, 512, 64, 64, 32), multiprocessors=1).launches
+    works = tiles(512, 256) * (2048 // 2) * 64 * 16
+    assert works > tensor.MOST_WORKS * forward.defines["BLOCKS"]
+    assert forward.blocks == tiles(works, tensor.MOST_WORKS)
+
+
+def test_who_is_eager_takes_what_can_do_the_call():
+    small = Shape(1, 2, 5, 64, 2, 2, 16)
+    views = lying(small, UNGATED)
+    with geometries.of_device("a GPU", tensor.ROOM, 132, "sm_90"), tensor.eagerly():
+        (forward,) = tensor.forward(small, "bfloat16", views).launches
+        backward = tensor.backward(small, "bfloat16", views, UNGATED)
+    assert forward.kernel == tensor.GROUPED_SOURCE
+    assert "backward_query_pair" in kernels(backward)
+    with geometries.of_device("a GPU", 99 << 10, 128, "sm_89"), tensor.eagerly():
+        (forward,) = tensor.forward(small, "bfloat16", views).launches
+    assert forward.kernel == "evoformer_tensor_forward"
+
+
+@pytest.mark.parametrize("D", tensor.GROUPED)
+def test_its_blocks_fit_on_a_multiprocessor(D):
+    """Which has 228 KiB, of which each block takes one for itself."""
+    for grouped in tensor.GROUPED[D]:
+        size = tensor.grouped_variant(grouped, "bfloat16", D, WITHOUT_GATE)["SHARED_BYTES"]
+        assert grouped.blocks * (size + 1024) <= 228 << 10
 
 
 # --- One pass for q and the pair bias -------------------------------------------------------------
@@ -159,6 +237,19 @@ def test_one_pass_does_q_and_the_pair_bias(builtin, shape):
 def test_elsewhere_there_are_two(builtin, sizes, how):
     shape = Shape(**{axis: getattr(TRIANGLE, axis) for axis in "BSQKHGD"} | sizes)
     assert not any("query_pair" in name for name in kernels(whole(shape, **how)))
+
+
+def test_a_geometry_that_is_tried_is_used(builtin):
+    """Where other kernels would do what its pass does, too."""
+    tried = tensor.GEOMETRIES["forward"][32]
+    with (
+        geometries.of_device("a GPU", tensor.ROOM, 132, "sm_90"),
+        geometries.instead("forward", 32, tried),
+    ):
+        (forward,) = tensor.forward(TRIANGLE, "bfloat16", lying(TRIANGLE, UNGATED)).launches
+        backward = tensor.backward(TRIANGLE, "bfloat16", lying(TRIANGLE, UNGATED), UNGATED)
+    assert forward.kernel == "evoformer_tensor_forward"
+    assert "backward_query" in kernels(backward)
 
 
 def test_no_gpu_has_room_for_it_unless_it_says_so(builtin):
@@ -350,6 +441,18 @@ def test_so_does_that_of_the_one_pass_for_two(D):
             tensor.WHOLE_SOURCE,
             defines=tensor.whole_variant(tensor.WHOLE[D], "bfloat16", D, count, WITHOUT_GATE),
         )
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("D", tensor.GROUPED)
+def test_so_does_that_of_the_forward_by_warpgroups(D):
+    for grouped in tensor.GROUPED[D]:
+        for mask_bias in (0, 1):
+            chosen = WITHOUT_GATE | {"MASK_BIAS": mask_bias}
+            check(
+                tensor.GROUPED_SOURCE,
+                defines=tensor.grouped_variant(grouped, "bfloat16", D, chosen),
+            )
 
 
 @needs_a_compiler

@@ -53,7 +53,18 @@ KERNELS = (
 )
 """The kernels, the one to be preferred first."""
 
-BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+EAGER = Kernel(
+    "cuda-tensor-eager",
+    tensor.CAPABILITIES,
+    tensor.eagerly()(tensor.forward),
+    tensor.eagerly()(tensor.backward),
+    saved=tensor.SAVED,
+)
+"""As ``cuda-tensor``, by the kernels that only some GPUs have wherever those can, not only where
+they are faster. Nobody is given it who does not name it: it is there to be judged, on small cases.
+"""
+
+BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, EAGER)}
 
 REMEDIES = {
     "device cpu": "move the operands to a GPU; on a CPU there is isoform.reference",

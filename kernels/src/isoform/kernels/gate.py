@@ -63,7 +63,9 @@ NEVER_SPILL = ("evoformer_tensor_", "attention_tensor_", "rotary ", "bias_", "ma
 SPILLED = {"evoformer_tensor_backward_query_pair": 128, "evoformer_tensor_backward_key": 4}
 """Bytes that some of them may spill all the same. The registers of the first hold sums for all rows
 s, and what little else there is to hold is stored and read back once a row, of 128 logits a lane.
-The other does where operands do not lie on 16 bytes."""
+The other does where operands do not lie on 16 bytes. (``evoformer_warpgroup_forward`` is not among
+:data:`NEVER_SPILL`: of its warps, those that multiply spill nothing in their loop over tiles, but
+between two works, and those that copy do. The instruction counts tell.)"""
 
 Figures = dict[str, dict[str, Resources]]
 """Of every variant, by its name as a string, what each of its kernels takes."""
@@ -99,8 +101,8 @@ class Variant:
 #
 # A minute or two of one core's work. Not every combination, but every source, element type and head
 # dim on an architecture, every head dim on each of them, and every part of the source that a
-# definition turns on or off. No kernel uses what only sm_90a or sm_100a has, and the loader asks
-# for neither.
+# definition turns on or off. Only what `compiler.SPECIFIC` names uses what sm_90a has and its
+# successors do not.
 
 PRODUCTION = {"MASK_BIAS": 1, "PAIR_BIAS": 1, "GATED": 1, "ALIGNED": 1, "ALIGNED_BIAS": 1}
 """All operands, their rows copied 16 bytes at a time: of the tensor-core kernels, what takes most
@@ -122,6 +124,7 @@ def variants() -> list[Variant]:
         *_plain(),
         *(one for name in tensor.PASSES for one in _tensor(name)),
         *_whole(),
+        *_grouped(),
         *_rotary(),
         *_fused(),
         *_softmax(),
@@ -179,6 +182,16 @@ def _whole() -> Iterator[Variant]:
         yield one("float16", D, many[-1], "sm_90")
         yield one("bfloat16", D, many[-1], "sm_90", MASK_BIAS=0)
         yield one("bfloat16", D, many[-1], "sm_90", ALIGNED_BIAS=0)
+
+
+def _grouped() -> Iterator[Variant]:
+    """As a model calls it, with a mask bias too, and in float16: all that there is."""
+    for D, options in tensor.GROUPED.items():
+        for grouped in options:
+            for dtype, mask_bias in (("bfloat16", 1), ("bfloat16", 0), ("float16", 1)):
+                chosen = {**PRODUCTION, "GATED": 0, "MASK_BIAS": mask_bias}
+                defines = tensor.grouped_variant(grouped, dtype, D, chosen)
+                yield Variant(tensor.GROUPED_SOURCE, defines, f"{tensor.WARPGROUPS}a")
 
 
 def _rotary() -> Iterator[Variant]:

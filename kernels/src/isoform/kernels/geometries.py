@@ -79,9 +79,7 @@ def file() -> Path | None:
 
 
 @contextmanager
-def of_device(
-    name: str, room: int, multiprocessors: int, architecture: str
-) -> Iterator[None]:
+def of_device(name: str, room: int, multiprocessors: int, architecture: str) -> Iterator[None]:
     """While this lasts, passes are cut as was found best on the device ``name``, if anything was,
     and for blocks that may have ``room`` bytes of shared memory.
 
@@ -104,12 +102,17 @@ def of_device(
 
 @contextmanager
 def instead(name: str, head_dim: int, geometry: Geometry) -> Iterator[None]:
-    """While this lasts, one pass is cut by ``geometry`` for one head dim."""
-    token = TABLE.set(merged({name: {head_dim: geometry}}))
+    """While this lasts, one pass is cut by ``geometry`` for one head dim, and passes that have
+    geometries do what other kernels would do in their place.
+    """
+    table = TABLE.set(merged({name: {head_dim: geometry}}))
+    wholes, groups = WHOLES.set({}), GROUPS.set({})
     try:
         yield
     finally:
-        TABLE.reset(token)
+        GROUPS.reset(groups)
+        WHOLES.reset(wholes)
+        TABLE.reset(table)
 
 
 def merged(found: Table) -> Table:

@@ -45,6 +45,7 @@ PRODUCTS = {
     "evoformer_tensor_backward_key": 4,
     "evoformer_tensor_backward_pair_bias": 2,
     "evoformer_tensor_backward_query_pair": 3,
+    "evoformer_warpgroup_forward": 2,
     "attention_tensor_forward": 2,
     "attention_tensor_backward_query": 3,
     "attention_tensor_backward_key": 4,
@@ -55,7 +56,7 @@ which sums δ before the rest where there is a gate, does more logits than are r
 sources are not counted.
 """
 
-ARCHITECTURES = frozenset({"sm_80", "sm_90"})
+ARCHITECTURES = frozenset({"sm_80", "sm_90", "sm_90a"})
 """What is looked at: others run nearly the same instructions."""
 
 MAY_RISE = 0.03

@@ -7,10 +7,11 @@ tiles are data, :data:`GEOMETRIES`. What is decided here needs no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from types import MappingProxyType
 
 from isoform.kernels.arguments import View
@@ -191,6 +192,7 @@ WHOLE: Mapping[int, Whole] = {
 ``backward_pair_bias`` where a block holds all keys of its queries: half as many logits are computed
 anew."""
 
+
 @dataclass(frozen=True)
 class Grouped:
     """How ``evoformer_warpgroup_forward`` cuts its work: four warps multiply together.
@@ -271,6 +273,23 @@ ROWS = 16
 """The least rows s of a range, of which adding up the sums takes some 5 % then."""
 
 
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """While this lasts, kernels that only some GPUs have do whatever they can, however small."""
+    wholes = WHOLES.set({D: replace(one, rows=1) for D, one in WHOLES.get().items()})
+    groups = GROUPS.set(
+        {
+            D: tuple(replace(one, least=1, padded=inf) for one in options)
+            for D, options in GROUPS.get().items()
+        }
+    )
+    try:
+        yield
+    finally:
+        GROUPS.reset(groups)
+        WHOLES.reset(wholes)
+
+
 def forward(shape: Shape, dtype: str, operands: Mapping[str, View]) -> Work:
     """What computes ``out``, and ``lse``, ``top``, ``total`` where they are among the arguments."""
     chosen = choices(shape, operands)
@@ -347,8 +366,9 @@ def whole_of(
 def grouped_of(shape: Shape, chosen: Mapping[str, int]) -> Grouped | None:
     """How ``evoformer_warpgroup_forward`` does the call; None where the other forward does.
 
-    It does where there is a pair bias and no gate, and all rows can be copied 16 bytes at a time; and
-    where it was measured to be faster: of many rows s, with not many more queries than there are.
+    It does where there is a pair bias and no gate, and all rows can be copied 16 bytes at a time;
+    and where it was measured to be faster: of many rows s, with not many more queries than there
+    are.
     """
     options = GROUPS.get().get(head_dim(shape.D), ())
     able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"]
@@ -360,7 +380,7 @@ def grouped_of(shape: Shape, chosen: Mapping[str, int]) -> Grouped | None:
 
     best = min(options, key=lambda one: computed(one.own))
     other = computed(geometry_of("forward", shape.D, gated=False).own)
-    faster = shape.S >= best.least and computed(best.own) <= best.padded * other
+    faster = best.least <= shape.S and computed(best.own) <= best.padded * other
     return best if faster else None
 
 

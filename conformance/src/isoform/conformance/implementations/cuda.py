@@ -61,6 +61,13 @@ CUDA_PLAIN = Implementation(
     others=(CUDA_PLAIN_ATTENTION,),
 )
 
+CUDA_EAGER = Implementation(
+    name="cuda-tensor-eager",
+    framework="torch",
+    capabilities=tensor.CAPABILITIES,
+    forward=partial(evoformer_attention, kernel="cuda-tensor-eager"),
+)
+
 CUDA_FLASH, CUDA_CUDNN = (
     Implementation(name, "torch", capabilities, partial(attention, kernel=name))
     for name, capabilities in (

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -117,16 +116,13 @@ def evoformer_attention_backward(
 
 @contextmanager
 def hopper() -> Iterator[None]:
-    """While this lasts, calls are launched as on a Hopper, what only that one has whenever it can be:
-    of however few rows s.
+    """While this lasts, calls are launched as on a Hopper, by the kernels that only it has wherever
+    those can.
     """
-    eager = {D: replace(one, rows=1) for D, one in tensor.WHOLE.items()}
-    wholes = tensor.WHOLES.set(eager)
-    groups = tensor.GROUPS.set(
-        {D: (replace(options[0], least=1, padded=inf),) for D, options in tensor.GROUPED.items()}
-    )
+    wholes, groups = tensor.WHOLES.set(tensor.WHOLE), tensor.GROUPS.set(tensor.GROUPED)
     try:
-        yield
+        with tensor.eagerly():
+            yield
     finally:
         tensor.GROUPS.reset(groups)
         tensor.WHOLES.reset(wholes)

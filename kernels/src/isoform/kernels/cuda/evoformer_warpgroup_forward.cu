@@ -25,6 +25,8 @@ constexpr int STAGES = 2;
 // and then those that copy give theirs.
 constexpr int EQUAL_SHARE = 65536 / (MULTIPLYING + COPYING) / BLOCKS / 8 * 8;
 constexpr int MORE = (EQUAL_SHARE + (EQUAL_SHARE - FEWER) / GROUPS) / 8 * 8;
+static_assert((GROUPS * MORE + FEWER) * 128 * BLOCKS <= 65536 && FEWER % 8 == 0 && FEWER >= 24,
+              "these are not the registers that there are");
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, in a row
 constexpr int CHANNEL_TILES = HEAD_DIM / 8, KEY_TILES = BLOCK / 8;
 
@@ -98,8 +100,8 @@ __device__ inline float2 choose(unsigned pair, uint2 choice) {
 __device__ inline void multiply_by_keys(float (&s)[KEY_TILES][4], const QueryRows &q, int query,
                                         const KeyRows &k) {
 #ifdef ISOFORM_WARPGROUPS
-    const uint64 left = by_rows(shared_address(&q.piece[0][query / 64 * 64]), QueryRows::ACROSS);
-    const uint64 right = by_rows(shared_address(&k.piece[0][0]), KeyRows::ACROSS);
+    const TileName left = by_rows(shared_address(&q.piece[0][query / 64 * 64]), QueryRows::ACROSS);
+    const TileName right = by_rows(shared_address(&k.piece[0][0]), KeyRows::ACROSS);
     warpgroup_begin();
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
@@ -133,7 +135,7 @@ __device__ inline void multiply_by_values(float (&o)[CHANNEL_TILES][4],
                                           const unsigned (&weights)[BLOCK / 16][4],
                                           const KeyRows &v) {
 #ifdef ISOFORM_WARPGROUPS
-    const uint64 right = by_columns(shared_address(&v.piece[0][0]), KeyRows::ACROSS);
+    const TileName right = by_columns(shared_address(&v.piece[0][0]), KeyRows::ACROSS);
     warpgroup_begin();
 #pragma unroll
     for (int keys = 0; keys < BLOCK / 16; ++keys)

@@ -206,21 +206,23 @@ __device__ inline void wait_for(Signal *signal, unsigned phase) {
 // result, in registers as for mma_m16n8k16. They stand between `warpgroup_begin` and `warpgroup_commit`,
 // and are under way until `warpgroup_wait`: till then neither operands nor results may be touched.
 //
-// A tile in shared memory is named by a descriptor. It lies in columns of pieces, 16 bytes each, and a
-// piece is eight elements of the axis that is adjacent in memory: `across` bytes from piece to piece of
-// the tile's row, 16 from row to row.
-__device__ inline unsigned long long descriptor(SharedAddress first, unsigned low, unsigned high) {
-    return static_cast<unsigned long long>(high / 16) << 32 | (low / 16 << 16 | (first & 0x3ffffu) / 16);
+// A tile in shared memory is named by a descriptor. It lies in columns of pieces of 16 bytes, eight
+// elements of the axis that is adjacent in memory: from piece to piece of a row of the tile it is `across`
+// bytes, and 16 from row to row.
+using TileName = unsigned long long;
+
+__device__ inline TileName name_of(SharedAddress first, unsigned low, unsigned high) {
+    return static_cast<TileName>(high / 16) << 32 | (low / 16 << 16 | (first & 0x3ffffu) / 16);
 }
 
-// Of a left operand, or a right one whose rows are the result's columns.
-__device__ inline unsigned long long by_rows(SharedAddress first, unsigned across) {
-    return descriptor(first, across, 128);
+// Of a left operand, or of a right one whose rows are the result's columns.
+__device__ inline TileName by_rows(SharedAddress first, unsigned across) {
+    return name_of(first, across, 128);
 }
 
 // Of a right operand whose rows are summed over.
-__device__ inline unsigned long long by_columns(SharedAddress first, unsigned across) {
-    return descriptor(first, 128, across);
+__device__ inline TileName by_columns(SharedAddress first, unsigned across) {
+    return name_of(first, 128, across);
 }
 
 __device__ inline void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -233,7 +235,7 @@ __device__ inline void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-// What was written to shared memory is seen by the products of a warpgroup after the next barrier.
+// What is in shared memory, as far as the thread knows, is there for the products that it begins next.
 __device__ inline void shared_for_warpgroups() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -246,7 +248,7 @@ __device__ inline void shared_for_warpgroups() {
 #define ISOFORM_FOUR(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
 
 // x = A Bᵀ, or x + A Bᵀ, for 64 rows of A and of B by sixteen columns, both in shared memory.
-__device__ inline void warpgroup_multiply(float (&x)[8][4], unsigned long long a, unsigned long long b, bool add) {
+__device__ inline void warpgroup_multiply(float (&x)[8][4], TileName a, TileName b, bool add) {
     asm volatile(
         "{ .reg .pred add; setp.ne.s32 add, %34, 0;"
         "  wgmma.mma_async.sync.aligned.m64n64k16." ISOFORM_TYPES
@@ -258,14 +260,14 @@ __device__ inline void warpgroup_multiply(float (&x)[8][4], unsigned long long a
 }
 
 // x += A B for sixteen columns of A, in registers, and sixteen rows of B.
-__device__ inline void warpgroup_multiply(float (&x)[2][4], const unsigned (&a)[4], unsigned long long b) {
+__device__ inline void warpgroup_multiply(float (&x)[2][4], const unsigned (&a)[4], TileName b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n16k16." ISOFORM_TYPES
                  " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 1;"
                  : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-__device__ inline void warpgroup_multiply(float (&x)[4][4], const unsigned (&a)[4], unsigned long long b) {
+__device__ inline void warpgroup_multiply(float (&x)[4][4], const unsigned (&a)[4], TileName b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16." ISOFORM_TYPES
                  " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20,"
                  " 1, 1, 1, 1;"
@@ -273,7 +275,7 @@ __device__ inline void warpgroup_multiply(float (&x)[4][4], const unsigned (&a)[
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-__device__ inline void warpgroup_multiply(float (&x)[6][4], const unsigned (&a)[4], unsigned long long b) {
+__device__ inline void warpgroup_multiply(float (&x)[6][4], const unsigned (&a)[4], TileName b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n48k16." ISOFORM_TYPES
                  " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
                  "%23}, {%24,%25,%26,%27}, %28, 1, 1, 1, 1;"
