@@ -305,13 +305,13 @@ __device__ inline int copier() { return static_cast<int>(threadIdx.x) - MULTIPLY
 // Some threads' part in copying rows of 16-byte pieces into columns: each has the same piece of every
 // AT_ONCE-th row.
 template <int THREADS>
-struct Share {
+struct RowCopier {
     static constexpr int AT_ONCE = THREADS / (PIECES == 6 ? 8 : PIECES);  // a divisor of every SIZE
 
     int row, piece;
     bool there;  // whether the thread has any, and they have channels
 
-    __device__ Share(const EvoformerArguments &a, int thread)
+    __device__ RowCopier(const EvoformerArguments &a, int thread)
         : row(thread / PIECES), piece(thread % PIECES),
           there(thread < AT_ONCE * PIECES && 8 * piece < static_cast<int>(a.D)) {}
 
@@ -344,16 +344,16 @@ __device__ inline Target target_of(const EvoformerArguments &a, const Head &at, 
     return {channels_of(a.out, at, first), lse, number, queries};
 }
 
-// Copies all that the block multiplies, in the order in which it does. Each of the four warps has its share
-// of q and of the pair bias, and k or v of every second row s.
+// Copies all that the block multiplies, in the order in which it does. Each of the four warps copies a
+// quarter of q and of the pair bias, and k or v of every second row s.
 template <bool CAREFUL>
 __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Turn &q_turn) {
-    constexpr int PER_ROW = BLOCK / 8, AT_ONCE = COPYING / PER_ROW, SHARE = (ROWS + 1) / 2;
+    constexpr int PER_ROW = BLOCK / 8, AT_ONCE = COPYING / PER_ROW, ROWS_EACH = (ROWS + 1) / 2;
     const bool values = copier() / 32 % 2 == 1;
     const int64 stride = values ? a.v.stride[2] : a.k.stride[2];
     const int row = copier() / PER_ROW, column = copier() % PER_ROW * 8;  // of the pair bias
-    const Share<COPYING> of_queries(a, copier());
-    const Share<32> of_keys(a, lane());
+    const RowCopier<COPYING> of_queries(a, copier());
+    const RowCopier<32> of_keys(a, lane());
     const unsigned last = works(a);
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         if (CAREFUL && !shared.again[n]) continue;
@@ -375,12 +375,12 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Tu
         ++q_turn.count;
 
         const Head group = a.H == a.G ? place.at : group_of(a, place.at);
-        KeyStream keys[SHARE][2];    // the lane's two of a tile
-        KeyStream::Raw raw[SHARE][2];  // of the next tile
-        const Element *from[SHARE];
+        KeyStream keys[ROWS_EACH][2];    // the lane's two of a tile
+        KeyStream::Raw raw[ROWS_EACH][2];  // of the next tile
+        const Element *from[ROWS_EACH];
         const int first_row = copier() / 64;  // the warp's first row s, of every second
 #pragma unroll
-        for (int i = 0; i < SHARE; ++i) {
+        for (int i = 0; i < ROWS_EACH; ++i) {
             const int r = first_row + 2 * i;
             const bool present = r < ROWS && place.at.s + r < a.S;
 #pragma unroll
@@ -415,7 +415,7 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Tu
             }
             pair_bias += BLOCK;
 #pragma unroll
-            for (int i = 0; i < SHARE; ++i) {
+            for (int i = 0; i < ROWS_EACH; ++i) {
                 const int r = first_row + 2 * i;
                 if (r >= ROWS) break;
                 KeyTile &told = stage.keys[r];
