@@ -61,7 +61,7 @@ def run(function: Any, world: tuple[str, int], *args: Any) -> list[Any]:
     transport, size = world
     if transport == "simulated":
         return simulate(function, size, transport, *args)
-    return launch(function, size, transport, *args, limit=60)
+    return launch(function, size, transport, *args, limit=120)
 
 
 @pytest.mark.parametrize("library", ["cupy", "torch"])
