@@ -100,7 +100,8 @@ def compare_passes(operands: Operands, monkeypatch: pytest.MonkeyPatch) -> None:
     dout = given.pop("dout")
     two = emulated.evoformer_attention_backward(dout, **given)
     monkeypatch.setattr(emulation, "launch_all", spy)
-    one = emulated.evoformer_attention_backward_whole(dout, **given)
+    with emulated.hopper():
+        one = emulated.evoformer_attention_backward(dout, **given)
     assert tensor.WHOLE_SOURCE in launched
     for name, before in two._asdict().items():
         if before is None:
