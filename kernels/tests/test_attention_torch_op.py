@@ -177,13 +177,13 @@ def test_lse_has_no_gradient_and_says_so():
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
     asked = []
-    real = attention_torch.attention
+    real = attention_torch.attend
 
     def record(*arguments):
         asked.append(arguments[-1])
         return real(*arguments)
 
-    monkeypatch.setattr(attention_torch, "attention", record)
+    monkeypatch.setattr(attention_torch, "attend", record)
     attention(**operands(requires_grad=()))
     with torch.no_grad():
         attention(**operands())

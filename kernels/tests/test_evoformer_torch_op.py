@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 # Said by PyTorch 2.11 of itself, when it imports its own compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
-from isoform.kernels import evoformer, evoformer_attention, torch_op  # noqa: E402
+from isoform.kernels import evoformer, evoformer_attention, torch_library, torch_op  # noqa: E402
 from isoform.kernels.choice import BY_NAME  # noqa: E402
 from isoform.reference.torch import evoformer_attention as reference  # noqa: E402
 
@@ -60,6 +60,7 @@ DTYPE = torch.float32
 @pytest.fixture(autouse=True)
 def a_cpu_counts_as_a_gpu(monkeypatch):
     monkeypatch.setattr(evoformer, "whereabouts", lambda x: ("cuda", "sm_90"))
+    monkeypatch.setattr(torch_library, "_DECIDED", {})
     BACKWARDS.clear()
 
 
@@ -127,13 +128,13 @@ def test_what_is_kept_for_the_backward_is_up_to_the_kernel(kernel):
 
 def test_nothing_is_saved_where_no_gradient_is_wanted(kernel, monkeypatch):
     asked = []
-    attention = torch_op.attention
+    attend = torch_op.attend
 
     def record(*arguments):
         asked.append(arguments[-2:])
-        return attention(*arguments)
+        return attend(*arguments)
 
-    monkeypatch.setattr(torch_op, "attention", record)
+    monkeypatch.setattr(torch_op, "attend", record)
     evoformer_attention(**operands(requires_grad=()))
     with torch.no_grad():
         evoformer_attention(**operands(), return_lse=True)
@@ -194,6 +195,53 @@ def test_no_second_derivative_is_made_up():
     )
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         dq.sum().backward()
+
+
+def test_functions_of_tensors_are_differentiated_as_well(kernel):
+    made = operands(requires_grad=())
+
+    def loss(q):
+        return evoformer_attention(**{**made, "q": q}).square().sum()
+
+    found = torch.func.grad(loss)(made["q"])
+    q = made["q"].clone().requires_grad_()
+    loss(q).backward()
+    torch.testing.assert_close(found, q.grad)
+
+
+def test_a_call_like_one_before_is_not_looked_at_again(kernel, monkeypatch):
+    looked = []
+    check = evoformer.evoformer_call
+    monkeypatch.setattr(
+        evoformer,
+        "evoformer_call",
+        lambda *args, **asked: looked.append(1) or check(*args, **asked),
+    )
+    for _ in range(3):
+        evoformer_attention(**operands())
+    assert len(looked) == 1
+    evoformer_attention(**operands(), scale=1)
+    with pytest.raises(TypeError, match="scale must be a real number"):
+        evoformer_attention(**operands(), scale=True)
+    made = operands()
+    wrong = {**made, "mask": made["mask"][:, :1]}
+    for _ in range(2):  # an error is not remembered
+        with pytest.raises(ValueError, match="mask must have S=3"):
+            evoformer_attention(**wrong)
+    evoformer_attention(**operands(without=("gate",)))
+    assert len(looked) == 6
+
+
+def test_tensors_of_a_class_of_their_own_are_looked_at_each_time(kernel):
+    class Own(torch.Tensor):
+        pass
+
+    made = operands(requires_grad=())
+    mine = {name: x.as_subclass(Own) for name, x in made.items()}
+    assert not torch_library.unobserved(mine.values())
+    out = evoformer_attention(**mine)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), evoformer_attention(**made))
+    assert len(torch_library._DECIDED) == 1
 
 
 @pytest.mark.parametrize("return_lse", [False, True])

@@ -17,7 +17,7 @@ from isoform.kernels import attention_library
 from isoform.kernels.attention_arguments import ATTENTION, Options
 from isoform.kernels.attention_choice import BY_NAME, Kernel
 from isoform.kernels.launch import Pass
-from isoform.kernels.torch_library import LIBRARY, operation, run
+from isoform.kernels.torch_library import differentiable, operation, run
 from isoform.reference.attention_contract import DIFFERENTIABLE, PLACES, SequenceShape
 
 Places = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -34,7 +34,7 @@ def forward(
     """``out`` and, if it is wanted, ``lse`` of operands that have been checked."""
     q, k, v = (operands[name] for name in DIFFERENTIABLE)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    out, lse = attention(
+    out, lse = attend(
         *(q, k, v, *_places(operands)),
         *(options.left, options.right, scale, kernel.name, options.wide, return_lse or save),
     )
@@ -48,7 +48,7 @@ def backward(
     scale: float,
 ) -> list[Tensor]:
     """``dq, dk, dv``, by ``lse`` and either ``out`` or ``delta``."""
-    found: list[Tensor] = attention_backward(
+    found: list[Tensor] = attend_backward(
         *(arrays[name] for name in ("dout", *DIFFERENTIABLE)),
         *_places(arrays),
         *(arrays.get("out"), arrays["lse"], arrays.get("delta")),
@@ -178,7 +178,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         return (None,) * 13
     *operands, out, lse = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = attention_backward(
+    gradients = attend_backward(
         *(dout, *operands, out, lse, None),
         *(ctx.left, ctx.right, ctx.scale, ctx.kernel, False, wanted),
     )
@@ -193,10 +193,8 @@ def _refuse(ctx: Any, *gradients: Any) -> Any:
     )
 
 
-torch.library.register_autograd(
-    "isoform::attention", _differentiate, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd("isoform::attention_backward", _refuse, lib=LIBRARY)
+attend = differentiable(attention, _differentiate, _setup_context)
+attend_backward = differentiable(attention_backward, _refuse)
 
 
 def _present(q: Tensor, k: Tensor, v: Tensor, *places: Tensor | None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from isoform.kernels.choice import KERNELS, reasons, select
+from isoform.kernels.choice import KERNELS, Kernel, reasons, select
 from isoform.kernels.libraries import is_torch, whereabouts
 from isoform.reference.contract import Call, evoformer_call
 
@@ -61,18 +61,29 @@ def evoformer_attention(
         arXiv 2205.14135; docs/spec/evoformer.md.
     """
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    device, architecture = whereabouts(q)
-    call = evoformer_call(
-        q, k, v, **operands, scale=scale, lse=return_lse, device=device, architecture=architecture
-    )
-    factor = _factor(call, scale)
-    chosen = select(call, deterministic=deterministic, only=kernel)
+
+    def decide() -> tuple[Call, float, Kernel]:
+        device, architecture = whereabouts(q)
+        call = evoformer_call(
+            *(q, k, v),
+            **operands,
+            scale=scale,
+            lse=return_lse,
+            device=device,
+            architecture=architecture,
+        )
+        chosen = select(call, deterministic=deterministic, only=kernel)
+        return call, _factor(call, scale), chosen
+
     if is_torch(q):
-        from isoform.kernels import torch_op
+        from isoform.kernels import torch_library, torch_op
 
         present = (q, k, v, mask, mask_bias, pair_bias, gate)
+        asked = ("evoformer_attention", scale, return_lse, deterministic, kernel)
+        _, factor, chosen = torch_library.decided(decide, present, *asked)
         out, lse = torch_op.forward(chosen, present, factor, return_lse=return_lse)
     else:
+        call, factor, chosen = decide()
         from isoform.kernels import cupy_arrays
 
         arrays = _present(q, k, v, operands)

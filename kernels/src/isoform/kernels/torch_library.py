@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,85 @@ def operation(
     ]:
         _tell_autograd(name, made, written)
     return made
+
+
+def differentiable(
+    made: Any,
+    differentiate: Callable[..., Any],
+    setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
+) -> Callable[..., Any]:
+    """An operation with a gradient.
+
+    Where a compiler looks on it is differentiated by what is registered with it. Elsewhere by a
+    function of autograd's own, or not at all where no gradient is wanted, which is the same in a
+    fraction of the time: what :func:`torch.library.register_autograd` makes goes through the
+    arguments of each call in Python.
+
+    Args:
+        made: What :func:`operation` has made; it writes to none of its arguments.
+        differentiate, setup_context: As of :func:`torch.library.register_autograd`.
+    """
+    torch.library.register_autograd(
+        made._schema.name, differentiate, setup_context=setup_context, lib=LIBRARY
+    )
+
+    def compute(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            found = made(*inputs)
+        return tuple(found) if isinstance(found, list) else found  # autograd wants no lists
+
+    class Differentiated(torch.autograd.Function):
+        forward = staticmethod(compute)
+        backward = staticmethod(differentiate)
+
+    Differentiated.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+    differentiated: Callable[..., Any] = Differentiated.apply
+
+    def call(*inputs: Any) -> Any:
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        if not unobserved(tensors):
+            return made(*inputs)
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return (differentiated if wanted else compute)(*inputs)
+
+    return call
+
+
+def unobserved(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether these are plain tensors, and no compiler looks on."""
+    return all(type(x) in _PLAIN for x in tensors) and not torch.compiler.is_compiling()
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+Decision = TypeVar("Decision")
+_DECIDED: dict[Hashable, Any] = {}
+_MOST_DECIDED = 4096
+
+
+def decided(
+    decide: Callable[[], Decision], tensors: Sequence[Tensor | None], *asked: Hashable
+) -> Decision:
+    """What ``decide`` says, remembered.
+
+    Args:
+        decide: Looks at shape, dtype and device of the tensors, and at nothing else of them.
+        tensors: Those that are operands; None for one that is not there.
+        asked: All else that the decision depends on, that of which operation it is included.
+    """
+    if not unobserved(tensors):
+        return decide()
+    key = (
+        *((type(one), one) for one in asked),  # True is not 1
+        *(None if x is None else (x.shape, x.dtype, x.device) for x in tensors),
+    )
+    try:
+        found: Decision = _DECIDED[key]
+    except KeyError:
+        if len(_DECIDED) >= _MOST_DECIDED:
+            _DECIDED.clear()
+        found = _DECIDED[key] = decide()
+    return found
 
 
 def _tell_autograd(name: str, made: Any, written: list[int]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from isoform.kernels.arguments import EVOFORMER
 from isoform.kernels.choice import BY_NAME, Kernel
 from isoform.kernels.launch import Pass
-from isoform.kernels.torch_library import LIBRARY, operation, run
+from isoform.kernels.torch_library import differentiable, operation, run
 from isoform.reference.contract import DIFFERENTIABLE, Shape
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -29,11 +29,9 @@ def forward(
     kernel: Kernel, operands: Operands, scale: float, *, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """``out`` and, if it is wanted, ``lse`` of operands that have been checked."""
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in operands
-    )
-    save = differentiable and bool(kernel.saved)
-    out, lse, _ = attention(*operands, scale, kernel.name, return_lse, save)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    save = wanted and bool(kernel.saved)
+    out, lse, _ = attend(*operands, scale, kernel.name, return_lse, save)
     return out, lse
 
 
@@ -121,7 +119,7 @@ def _differentiate(
         return (None,) * 11
     # the arguments of the forward are the operands, mask among them, and four that are no tensors
     wanted = [needed for place, needed in enumerate(ctx.needs_input_grad[:7]) if place != 3]
-    gradients = attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.kernel, wanted)
+    gradients = attend_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.kernel, wanted)
     dq, dk, dv, dmask_bias, dpair_bias, dgate = (
         x if needed else None for x, needed in zip(gradients, wanted, strict=True)
     )
@@ -135,10 +133,8 @@ def _refuse(ctx: Any, *gradients: Any) -> Any:
     )
 
 
-torch.library.register_autograd(
-    "isoform::evoformer_attention", _differentiate, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd("isoform::evoformer_attention_backward", _refuse, lib=LIBRARY)
+attend = differentiable(attention, _differentiate, _setup_context)
+attend_backward = differentiable(attention_backward, _refuse)
 
 
 def _present(
