@@ -9,7 +9,7 @@ import ml_dtypes
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mpf
 
@@ -349,6 +349,7 @@ def calls(draw: Any, scaled: bool = True) -> tuple[Array, Array, dict[str, Any]]
     return x, positions, options
 
 
+@settings(deadline=None)  # the machine may have other things to do
 @given(calls())
 def test_adjoint(call: tuple[Array, Array, dict[str, Any]]) -> None:
     """⟨y̅, R x⟩ = ⟨Rᵀ y̅, x⟩."""
@@ -359,6 +360,7 @@ def test_adjoint(call: tuple[Array, Array, dict[str, Any]]) -> None:
     assert there == pytest.approx(back, rel=1e-12, abs=1e-11)
 
 
+@settings(deadline=None)  # the machine may have other things to do
 @given(calls())
 def test_norms_of_pairs_are_multiplied_by_the_amplitude(call: Any) -> None:
     x, positions, options = call
@@ -373,6 +375,7 @@ def test_norms_of_pairs_are_multiplied_by_the_amplitude(call: Any) -> None:
     np.testing.assert_allclose(norms(out), amplitude * norms(x), rtol=1e-14)
 
 
+@settings(deadline=None)  # the machine may have other things to do
 @given(calls(), st.integers(-1000, 1000))
 def test_products_depend_on_the_distance_alone(call: Any, shift: int) -> None:
     q, positions, options = call
@@ -385,6 +388,7 @@ def test_products_depend_on_the_distance_alone(call: Any, shift: int) -> None:
     np.testing.assert_allclose(products(shift), products(0), rtol=1e-12, atol=1e-12)
 
 
+@settings(deadline=None)  # the machine may have other things to do
 @given(calls(scaled=False), st.integers(-(2**20), 2**20))
 def test_turning_twice_is_turning_by_the_sum(call: Any, further: int) -> None:
     x, positions, options = call
@@ -396,6 +400,7 @@ def test_turning_twice_is_turning_by_the_sum(call: Any, further: int) -> None:
     np.testing.assert_allclose(twice, once, rtol=0, atol=1e-13)
 
 
+@settings(deadline=None)  # the machine may have other things to do
 @given(calls(scaled=False))
 def test_the_backward_turns_back(call: Any) -> None:
     x, positions, options = call
