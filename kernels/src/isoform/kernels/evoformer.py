@@ -63,15 +63,7 @@ def evoformer_attention(
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
 
     def decide() -> tuple[Call, float, Kernel]:
-        device, architecture = whereabouts(q)
-        call = evoformer_call(
-            *(q, k, v),
-            **operands,
-            scale=scale,
-            lse=return_lse,
-            device=device,
-            architecture=architecture,
-        )
+        call = _call(q, k, v, operands, scale, return_lse)
         chosen = select(call, deterministic=deterministic, only=kernel)
         return call, _factor(call, scale), chosen
 
@@ -124,10 +116,7 @@ def evoformer_attention_backward(
     if is_torch(q):
         raise TypeError("q is a PyTorch tensor: its gradients come from autograd, call backward()")
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    device, architecture = whereabouts(q)
-    call = evoformer_call(
-        q, k, v, **operands, scale=scale, device=device, architecture=architecture
-    )
+    call = _call(q, k, v, operands, scale)
     _check_cotangent(dout, q)
     factor = _factor(call, scale)
     chosen = select(call, deterministic=deterministic, only=kernel)
@@ -162,11 +151,18 @@ def explain(
         TypeError, ValueError: The call is wrong.
     """
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
-    device, architecture = whereabouts(q)
-    call = evoformer_call(
-        q, k, v, **operands, scale=scale, lse=return_lse, device=device, architecture=architecture
-    )
+    call = _call(q, k, v, operands, scale, return_lse)
     return {one.name: reasons(one, call, deterministic=deterministic) for one in KERNELS}
+
+
+def _call(
+    q: Any, k: Any, v: Any, operands: Mapping[str, Any], scale: float | None, lse: bool = False
+) -> Call:
+    """What is asked for, once the operands have been checked, and where they lie."""
+    device, architecture = whereabouts(q)
+    return evoformer_call(
+        q, k, v, **operands, scale=scale, lse=lse, device=device, architecture=architecture
+    )
 
 
 def _factor(call: Call, scale: float | None) -> float:

@@ -63,8 +63,8 @@ struct Stage {
 // Where the results of one row s go: of the block's first query.
 struct Target {
     Element *out;
-    float *lse;    // null where it is not wanted
-    int64 number;  // of those the backward wants, −1 where it is not wanted
+    float *lse;     // null where it is not wanted
+    int64 number;   // of those the backward wants, −1 where it is not wanted
     int64 queries;  // that there are, 0 if the row is not there
 };
 
@@ -296,8 +296,6 @@ struct Turn {
     __device__ unsigned phase() const { return count / STAGES % 2; }
 };
 
-
-
 // --- The warps that copy -------------------------------------------------------------------------
 
 __device__ inline int copier() { return static_cast<int>(threadIdx.x) - MULTIPLYING; }
@@ -375,7 +373,7 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Tu
         ++q_turn.count;
 
         const Head group = a.H == a.G ? place.at : group_of(a, place.at);
-        KeyStream keys[ROWS_EACH][2];    // the lane's two of a tile
+        KeyStream keys[ROWS_EACH][2];      // the lane's two of a tile
         KeyStream::Raw raw[ROWS_EACH][2];  // of the next tile
         const Element *from[ROWS_EACH];
         const int first_row = copier() / 64;  // the warp's first row s, of every second

@@ -72,12 +72,6 @@ __device__ inline float exp2_approximate(float x) { return exp2f(x); }
 __device__ inline float reciprocal_approximate(float x) { return 1.0f / x; }
 __device__ inline void rarely() {}
 __device__ inline int unknown_zero() { return 0; }
-__device__ inline void warpgroup_wait() {}
-__device__ inline void shared_for_warpgroups() {}
-template <int registers>
-__device__ inline void take_fewer_registers() {}
-template <int registers>
-__device__ inline void take_more_registers() {}
 using SharedAddress = const unsigned char *;
 __device__ inline SharedAddress shared_address(const void *place) {
     return static_cast<SharedAddress>(place);
@@ -296,13 +290,6 @@ template <int registers>
 __device__ inline void take_more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
-#else
-__device__ inline void warpgroup_wait() {}
-__device__ inline void shared_for_warpgroups() {}
-template <int registers>
-__device__ inline void take_fewer_registers() {}
-template <int registers>
-__device__ inline void take_more_registers() {}
 #endif
 
 // Says that what stands beside it is rare: the compiler is to branch around it, not to compute it
@@ -338,4 +325,14 @@ __device__ inline float exp2_approximate(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
+#endif
+
+// What a GPU without warpgroups has no need of, nor an emulated one.
+#ifndef ISOFORM_WARPGROUPS
+__device__ inline void warpgroup_wait() {}
+__device__ inline void shared_for_warpgroups() {}
+template <int registers>
+__device__ inline void take_fewer_registers() {}
+template <int registers>
+__device__ inline void take_more_registers() {}
 #endif
