@@ -25,18 +25,24 @@ def test_every_time_was_recorded_on_the_day_that_is_named():
     text = readme.README.read_text("utf-8")
     block = text.split("<!-- times:")[1].split("<!-- end of times")[0]
     device, date = re.findall(r"^(.*), bfloat16, ([\d-]+);", block, re.MULTILINE)[0]
+    head, _, *rows = [line.split("|")[2:-2] for line in block.splitlines() if line.startswith("|")]
     records = readme.read(readme.RESULTS / "benchmarks.jsonl")
-    recorded = {
-        f"{time.median:.3g}"
-        for one in records
-        if one.surroundings.device == device and one.surroundings.date.startswith(date)
-        for time in (one.forward_ms, one.backward_ms)
-        if time is not None
-    }
-    rows = [line.split("|")[2:-2] for line in block.splitlines() if re.match(r"\| \d", line)]
-    shown = {number for row in rows for cell in row for number in re.findall(r"[\d.]+", cell)}
-    assert len(shown) > 40
-    assert shown <= recorded
+    count = 0
+    for (name, title), column, *cells in zip(readme.COMPETITORS.items(), head, *rows, strict=True):
+        assert column.strip().startswith(title)
+        days = re.findall(r"\d{4}-\d\d-\d\d", column) or [date]
+        recorded = {
+            f"{time.median:.3g}"
+            for one in records
+            if one.surroundings.device == device and one.surroundings.date[:10] in days
+            if one.competitor.split(",")[0] == name
+            for time in (one.forward_ms, one.backward_ms)
+            if time is not None
+        }
+        shown = {number for cell in cells for number in re.findall(r"[\d.]+", cell)}
+        assert shown <= recorded, column
+        count += len(shown)
+    assert count > 40
 
 
 def test_whoever_is_shown_as_right_or_wrong_was_recorded_so():

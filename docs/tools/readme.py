@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,13 @@ def times() -> str:
     ((device, _),) = devices.most_common(1)
     found = [one for one in found if one.surroundings.device == device]
     cases = dict.fromkeys(one.case for one in found)
-    head = ["B,S,L,H,D", *COMPETITORS.values(), "memory of ours, of eager"]
+    date = max(map(_day, found))
+    columns = [
+        title + _other_days(one for one in found if _column(one) == name and _day(one) != date)
+        for name, title in COMPETITORS.items()
+    ]
+    head = ["B,S,L,H,D", *columns, "memory of ours, of eager"]
     rows = [_times([one for one in found if one.case == case]) for case in cases]
-    date = max(one.surroundings.date for one in found)[:10]
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
@@ -70,11 +74,22 @@ def times() -> str:
     )
 
 
+def _day(one: Record) -> str:
+    return one.surroundings.date[:10]
+
+
+def _column(one: Record) -> str:
+    return one.competitor.split(",")[0]
+
+
+def _other_days(ran: Iterable[Record]) -> str:
+    """What a column says of times that were not taken on the day of the table."""
+    days = sorted({_day(one) for one in ran})
+    return f" ({', '.join(days)})" if days else ""
+
+
 def _times(ran: Sequence[Record]) -> list[str]:
-    by_name = {
-        column: [one for one in ran if one.competitor.split(",")[0] == column]
-        for column in COMPETITORS
-    }
+    by_name = {column: [one for one in ran if _column(one) == column] for column in COMPETITORS}
     best = {column: _fastest(ones) for column, ones in by_name.items()}
     cells = [",".join(map(str, ran[0].shape))]
     tops = [
