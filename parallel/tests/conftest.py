@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from isoform.parallel import launch as launching
 from isoform.parallel.communicators.simulated import simulate
 from isoform.parallel.launch import launch
 
@@ -32,6 +33,22 @@ def load(name: str) -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks_are_forked() -> Iterator[None]:
+    """But where a test asks for ``started_anew``."""
+    forked = load("forked_ranks")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(launching, "_start", forked.start)
+        yield
+    forked.end()
+
+
+@pytest.fixture
+def started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are fresh interpreters, as users have them."""
+    monkeypatch.setattr(launching, "_start", load("forked_ranks").usual_start)
 
 
 @pytest.fixture(scope="session")

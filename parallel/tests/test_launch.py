@@ -32,7 +32,9 @@ def startup(programs: Any, transport: Any) -> float:
     ("fault", "words"),
     [("one_raises", "ArithmeticError: the planted fault"), ("one_exits", "SystemExit: 3")],
 )
-def test_the_rank_that_fails_ends_all_and_speaks_first(programs, transport, fault, words):
+def test_the_rank_that_fails_ends_all_and_speaks_first(
+    started_anew, programs, transport, fault, words
+):
     slow = startup(programs, transport)
     began = time.monotonic()
     with pytest.raises(LaunchError, match="failed: no result of ranks 0, 1, 2 of 3") as caught:
@@ -45,7 +47,7 @@ def test_the_rank_that_fails_ends_all_and_speaks_first(programs, transport, faul
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_killed_rank_ends_all(programs, transport, tmp_path):
+def test_a_killed_rank_ends_all(started_anew, programs, transport, tmp_path):
     slow = startup(programs, transport)
     began = time.monotonic()
     with pytest.raises(LaunchError, match="failed: no result of ranks 0, 1, 2 of 3"):

@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO, TypeVar, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, TextIO, TypeVar, get_args
 
 from isoform.parallel.communicator import CommunicationError, Communicator
 
@@ -168,23 +168,10 @@ def _run(
     commands: Sequence[tuple[list[str], str]], folder: Path, limit: float, threads: int
 ) -> str:
     """Run all until they end, one fails or time is up; an empty string if all went well."""
-    count = str(threads)
     started: list[subprocess.Popen[bytes]] = []
     deadline = time.monotonic() + limit
     with (folder / "output").open("wb") as output, _ended(started):
-        for command, rank in commands:
-            env = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
-            env |= {"MKL_NUM_THREADS": count, "ISOFORM_RANK": rank}
-            started.append(
-                subprocess.Popen(
-                    command,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # so that all it starts can be ended with it
-                )
-            )
+        started += (_start(command, rank, output, threads) for command, rank in commands)
         while None in (codes := [process.poll() for process in started]) and not any(codes):
             if time.monotonic() > deadline:
                 return "time"
@@ -193,6 +180,23 @@ def _run(
             return "failed"
         started.clear()  # all have ended by themselves
         return ""
+
+
+def _start(
+    command: list[str], rank: str, output: BinaryIO, threads: int
+) -> subprocess.Popen[bytes]:
+    """One process; the tests put another in its place, whose ranks need not import torch anew."""
+    count = str(threads)
+    env = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+    env |= {"MKL_NUM_THREADS": count, "ISOFORM_RANK": rank}
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that all it starts can be ended with it
+    )
 
 
 @contextlib.contextmanager
