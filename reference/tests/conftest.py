@@ -6,14 +6,14 @@ Tests reach all of it through fixtures, since test modules cannot import each ot
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from decimal import Decimal, localcontext
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
-import mpmath
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from mpmath import mpf
 
 from isoform.reference.contract import OPTIONAL_OPERANDS, Shape
 
@@ -143,27 +143,22 @@ def _reads(
     return reads
 
 
-def _one_query(x: Mapping[str, Any], D: int, scale: Any) -> tuple[list[Any], Any]:
-    """y [D] and lse of one query, from the numbers that it reads."""
-    keys = sorted({int(key.split()[2]) for key in x if key.startswith("k ")})
-    if not keys:
-        return [mpf(0)] * D, -mpmath.inf
-    total = mpf(0)
-    weighted = [mpf(0)] * D
-    for j in keys:
-        logit = mpf(0)
-        for d in range(D):
-            logit += x[f"q {d}"] * x[f"k {d} {j}"]
-        logit *= scale
-        logit += x.get(f"mask_bias {j}", 0) + x.get(f"pair_bias {j}", 0)
-        weight = mpmath.exp(logit)
+def _one_query(
+    x: Mapping[str, Decimal], D: int, scale: Decimal, exp: Callable[[Decimal], Decimal]
+) -> tuple[list[Decimal], Decimal]:
+    """y [D] of one query and the sum of its weights, from the numbers that it reads."""
+    zero = Decimal(0)
+    total, weighted = zero, [zero] * D
+    for j in sorted({int(key.split()[2]) for key in x if key.startswith("k ")}):
+        logit = scale * sum(x[f"q {d}"] * x[f"k {d} {j}"] for d in range(D))
+        weight = exp(logit + x.get(f"mask_bias {j}", zero) + x.get(f"pair_bias {j}", zero))
         total += weight
         for d in range(D):
             weighted[d] += weight * x[f"v {d} {j}"]
-    y = [weighted[d] / total for d in range(D)]
+    y = [one / total if total else zero for one in weighted]
     if "gate 0" in x:
-        y = [y[d] / (1 + mpmath.exp(-x[f"gate {d}"])) for d in range(D)]
-    return y, mpmath.log(total)
+        y = [y[d] / (1 + exp(-x[f"gate {d}"])) for d in range(D)]
+    return y, total
 
 
 def exact_attention(problem: Problem, scale: float | None = None) -> dict[str, Array]:
@@ -176,21 +171,22 @@ def exact_attention(problem: Problem, scale: float | None = None) -> dict[str, A
     results = {
         "out": np.zeros(shape.of("out")),
         "lse": np.zeros(shape.of("lse")),
-        **{f"d{name}": np.full(x.shape, mpf(0), object) for name, x in operands.items()},
+        **{f"d{name}": np.full(x.shape, Decimal(0), object) for name, x in operands.items()},
     }
-    with mpmath.workdps(DIGITS):
-        step = mpf(STEP)
-        factor = 1 / mpmath.sqrt(shape.D) if scale is None else mpf(scale)
+    with localcontext(prec=DIGITS):
+        step = Decimal(STEP)
+        factor = 1 / Decimal(shape.D).sqrt() if scale is None else Decimal(scale)
         for b, s, h, i in product(*(range(n) for n in (shape.B, shape.S, shape.H, shape.Q))):
+            exp = cache(Decimal.exp)  # of all weights a number moves one, or none
             reads = _reads(operands, b, s, h, i)
-            x = {key: mpf(float(operands[key.split()[0]][at])) for key, at in reads.items()}
-            y, lse = _one_query(x, shape.D, factor)
+            x = {key: Decimal(float(operands[key.split()[0]][at])) for key, at in reads.items()}
+            y, total = _one_query(x, shape.D, factor, exp)
             results["out"][b, s, i, h] = [float(number) for number in y]
-            results["lse"][b, s, h, i] = float(lse)
-            weights = [mpf(float(number)) for number in dout[b, s, i, h]]
+            results["lse"][b, s, h, i] = float(total.ln())  # of 0 it is −inf
+            weights = [Decimal(float(number)) for number in dout[b, s, i, h]]
             for key, at in reads.items():
                 ends = [
-                    _one_query({**x, key: x[key] + moved}, shape.D, factor)[0]
+                    _one_query({**x, key: x[key] + moved}, shape.D, factor, exp)[0]
                     for moved in (step, -step)
                 ]
                 rise = sum(w * (a - b) for w, a, b in zip(weights, *ends, strict=True))
