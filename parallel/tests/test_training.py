@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -79,6 +80,7 @@ def cases(programs: Any, P: int) -> list[Any]:
     ]
 
 
+@cache
 def expected(case: Any) -> tuple[float, dict[str, np.ndarray]]:
     """Of the reference, in float64, on one rank."""
     reference = case.reference().double()
