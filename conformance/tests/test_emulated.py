@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,14 @@ from isoform.conformance.implementations import emulated, emulation
 from isoform.conformance.judge import judge, judge_invalid_calls
 from isoform.conformance.operations import CASES, OPERATIONS
 from isoform.conformance.verdicts import Verdict
-from isoform.kernels import plain, tensor
+from isoform.kernels import geometries, plain, tensor
+from isoform.kernels.arguments import EVOFORMER
+from isoform.kernels.choice import select
 from isoform.kernels.emulate import HostCompilerUnavailable, KernelFault, host_compiler
 from isoform.kernels.emulate.program import CUDA
+from isoform.kernels.launch import MULTIPROCESSORS, Launch
+from isoform.reference.contract import evoformer_call
+from isoform.reference.numpy import evoformer_attention_backward
 
 try:
     host_compiler()
@@ -87,13 +94,17 @@ WHOLE = (
 )
 
 
-def compare_passes(operands: Operands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass gives what two give, up to rounding, and what is not finite exactly."""
-    launched: list[str] = []
+def compare_passes(
+    operands: Operands, monkeypatch: pytest.MonkeyPatch, kernel: str = tensor.WHOLE_SOURCE
+) -> list[Launch]:
+    """A Hopper's kernels, ``kernel`` among them, give what those of other GPUs give, up to
+    rounding, and what is not finite exactly. What it launches.
+    """
+    launched: list[Launch] = []
     original = emulation.launch_all
 
     def spy(launches: Any, *others: Any) -> None:
-        launched.extend(one.kernel for one in launches)
+        launched.extend(launches)
         original(launches, *others)
 
     given: dict[str, Any] = {name: x for name, x in operands.items() if name != "gate"}
@@ -102,7 +113,7 @@ def compare_passes(operands: Operands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulation, "launch_all", spy)
     with emulated.hopper():
         one = emulated.evoformer_attention_backward(dout, **given)
-    assert tensor.WHOLE_SOURCE in launched
+    assert kernel in {each.kernel for each in launched}
     for name, before in two._asdict().items():
         if before is None:
             continue
@@ -111,6 +122,7 @@ def compare_passes(operands: Operands, monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(x[~finite], y[~finite], err_msg=name)
         largest = np.abs(y[finite]).max(initial=0.0)
         np.testing.assert_allclose(x[finite], y[finite], rtol=0.02, atol=0.004 * largest)
+    return launched
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -131,3 +143,124 @@ def test_blocks_share_the_rows_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> Non
         }.items()
     }
     compare_passes(draws, monkeypatch)
+
+
+@pytest.mark.parametrize("rows", [32, 48])
+def test_so_do_blocks_of_warpgroups(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or three, where rows of the pair bias can be copied 16 bytes at a time."""
+    rng = np.random.default_rng(1)
+    draws = {
+        name: rng.standard_normal(size).astype(np.float16)
+        for name, size in {
+            **dict.fromkeys(("q", "dout"), (1, rows, 9, 1, 16)),
+            **dict.fromkeys(("k", "v"), (1, rows, 24, 1, 16)),
+            "pair_bias": (1, 1, 1, 9, 24),
+        }.items()
+    }
+    kernel = "evoformer_warpgroup_backward_pair_bias"
+    launched = compare_passes(draws, monkeypatch, kernel)
+    blocks = {each.blocks for each in launched if each.kernel == kernel}
+    assert blocks == {rows // 16}
+
+
+# --- The gradient of q by warpgroups --------------------------------------------------------------
+
+
+def gradient_of_q(operands: Operands) -> Operands:
+    """The gradient of q alone, by the kernels that are in use."""
+    given: dict[str, Any] = {name: x for name, x in operands.items() if name != "dout"}
+    call = replace(evoformer_call(**given), device="cuda", architecture="sm_80")
+    kernel = select(call)
+    q = operands["q"]
+    made = dict.fromkeys(("out", "dq"), (q.shape, q.dtype)) | {
+        name: (call.shape.of("lse"), np.dtype(f"u{size}")) for name, size in kernel.saved.items()
+    }
+    passes = [kernel.forward, kernel.backward_of(["q"])]
+    scale = q.shape[-1] ** -0.5
+    return emulation.results_of(passes, call, operands, scale, made, EVOFORMER)
+
+
+@pytest.fixture
+def one_block_of_warpgroups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """As on a Hopper that has one multiprocessor, so that a block does work after work; the kernels
+    that were launched.
+    """
+    launched: list[str] = []
+    original = emulation.launch_all
+
+    def spy(launches: Any, *others: Any) -> None:
+        launched.extend(one.kernel for one in launches)
+        original(launches, *others)
+
+    monkeypatch.setattr(emulation, "launch_all", spy)
+    several = MULTIPROCESSORS.set(1)
+    try:
+        with emulated.hopper():
+            yield launched
+    finally:
+        MULTIPROCESSORS.reset(several)
+
+
+BY_WARPGROUPS = "evoformer_warpgroup_backward_query"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "heads-4-1/bf16/all-operands",
+        *(f"values/{dtype}/garbage-in-dropped" for dtype in ("bf16", "fp16")),
+        "values/bf16/nan-attended",
+    ],
+)
+def test_warpgroups_give_the_gradient_of_q_that_warps_give(
+    name: str, one_block_of_warpgroups: list[str]
+) -> None:
+    case = CASES[f"evoformer/{name}"]
+    drawn = OPERATIONS[case.operation].draw(case)
+    operands = {name: x for name, x in drawn.items() if name != "gate"}
+    x = np.asarray(gradient_of_q(operands)["dq"], np.float32)
+    assert BY_WARPGROUPS in one_block_of_warpgroups
+    with geometries.instead("backward_query", 16, tensor.GEOMETRIES["backward_query"][16]):
+        y = np.asarray(gradient_of_q(operands)["dq"], np.float32)
+    assert one_block_of_warpgroups[-1] == "evoformer_tensor_backward_query"
+    finite = np.isfinite(y)
+    np.testing.assert_array_equal(x[~finite], y[~finite])
+    largest = np.abs(y[finite]).max(initial=0.0)
+    np.testing.assert_allclose(x[finite], y[finite], rtol=0.02, atol=0.004 * largest)
+
+
+@pytest.mark.parametrize("D", [16, 24, 48])
+def test_the_gradient_of_q_where_queries_take_care(
+    D: int, one_block_of_warpgroups: list[str]
+) -> None:
+    """Keys that are dropped hold NaN, and so do queries without a key; logits of others are so
+    large that their product with log2 e would be rounded too much.
+    """
+    rng = np.random.default_rng(D)
+    B, S, Q, K, H = 1, 4, 70, 136, 2
+    draws: dict[str, Any] = {
+        name: rng.standard_normal(size).astype(np.float16)
+        for name, size in {
+            **dict.fromkeys(("q", "dout"), (B, S, Q, H, D)),
+            **dict.fromkeys(("k", "v"), (B, S, K, 1, D)),
+            "pair_bias": (B, 1, H, Q, K),
+        }.items()
+    }
+    mask = rng.random((B, S, K)) < 0.7
+    mask[0, 1], mask[0, 2, : K // 2] = False, False
+    draws["k"][~mask] = draws["v"][~mask] = np.nan
+    draws["q"][0, 1] = draws["dout"][0, 1] = np.nan
+    draws["pair_bias"][0, 0, 0, 30:33], draws["dout"][:, :, 30:33, 0] = -np.inf, np.nan
+    draws["pair_bias"][0, 0, 1] = draws["pair_bias"][0, 0, 1] * 8 - 30000
+
+    dq = gradient_of_q({**draws, "mask": mask})["dq"].astype(np.float64)
+    assert BY_WARPGROUPS in one_block_of_warpgroups
+    exact = {name: x.astype(np.float64) for name, x in draws.items()}
+    expected = evoformer_attention_backward(exact.pop("dout"), **exact, mask=mask).dq
+    nothing = expected == 0.0
+    assert nothing[0, 1].all()
+    assert nothing[:, :, 30:33, 0].all()
+    np.testing.assert_array_equal(dq[nothing], 0.0)
+    error = np.abs(dq - expected).mean(axis=(0, 1, 2, 4))  # of either head
+    print(error / np.sqrt((expected**2).mean()))
+    assert (error < 5e-4 * np.sqrt((expected**2).mean())).all()

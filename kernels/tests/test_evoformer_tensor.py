@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 
-from isoform.kernels import geometries, tensor
+from isoform.kernels import geometries, tensor, warpgroup
 from isoform.kernels.arguments import View
 from isoform.kernels.compiler import SOURCES
 from isoform.kernels.emulate import CompilationFailed, HostCompilerUnavailable, check, host_compiler
@@ -44,6 +44,12 @@ def on_hopper(shape, names=UNGATED, architecture="sm_90", multiprocessors=132, *
         return tensor.forward(shape, "bfloat16", lying(shape, names) | views)
 
 
+def by_warpgroups(shape, wanted, names=UNGATED, architecture="sm_90", **views):
+    """The backward on a GPU of an architecture, of whoever takes its kernels wherever those can."""
+    with geometries.of_device("a GPU", tensor.ROOM, 132, architecture), tensor.eagerly():
+        return tensor.backward(shape, "bfloat16", lying(shape, names) | views, wanted)
+
+
 def kernels(work):
     return [launch.kernel.removeprefix("evoformer_tensor_") for launch in work.launches]
 
@@ -70,6 +76,9 @@ def test_every_kernel_of_the_sources_is_launched_and_no_other():
         on_hopper(TRIANGLE),
         tensor.backward(SHAPE, "bfloat16", lying(), ALL),
         whole(TRIANGLE),
+        by_warpgroups(TRIANGLE, {"q"}),
+        by_warpgroups(TRIANGLE, {"k", "v", "mask_bias"}),
+        by_warpgroups(TRIANGLE, {"pair_bias"}),
     )
     assert {launch.kernel for work in works for launch in work.launches} == defined
 
@@ -184,6 +193,105 @@ def test_its_blocks_fit_on_a_multiprocessor(D):
     for grouped in tensor.GROUPED[D]:
         size = tensor.grouped_variant(grouped, "bfloat16", D, WITHOUT_GATE)["SHARED_BYTES"]
         assert grouped.blocks * (size + 1024) <= 228 << 10
+
+
+# --- The gradient of q where four warps multiply together -----------------------------------------
+
+QUERIES = {
+    "triangle": (TRIANGLE, (128, 3), 384),
+    "diffusion": (Shape(1, 48, 768, 768, 16, 16, 48), (128, 2), 256),
+    "extra MSA": (Shape(1, 5120, 384, 384, 8, 8, 8), (128, 3), 384),
+    "grouped heads": (Shape(2, 33, 250, 400, 4, 2, 24), (128, 3), 384),
+}
+NOT_QUERIES = {
+    "a larger head dim": ({"D": 64}, {}),
+    "channels that cannot be copied 16 bytes at a time": ({"D": 20}, {}),
+    "a pair bias that cannot": ({"K": 500}, {}),
+    "a gate": ({}, {"names": ALL}),
+    "no pair bias": ({}, {"names": BARE}),
+    "a newer architecture": ({}, {"architecture": "sm_100"}),
+}
+
+
+@pytest.mark.parametrize(("shape", "own", "multiplying"), QUERIES.values(), ids=QUERIES)
+def test_warpgroups_do_the_gradient_of_q(shape, own, multiplying):
+    work = by_warpgroups(shape, {"q"})
+    queries, query = work.launches
+    assert queries.kernel == "evoformer_warpgroup_backward_queries"
+    assert query.source == query.kernel == "evoformer_warpgroup_backward_query"
+    assert query.threads == (multiplying + 128,)
+    works = tiles(shape.Q, own[0]) * tiles(shape.S, own[1]) * shape.H * shape.B
+    assert query.blocks == min(works, 132)
+    assert work.scratch == {"delta": (*shape.of("lse"), 2)}
+
+
+@pytest.mark.parametrize(("sizes", "how"), NOT_QUERIES.values(), ids=NOT_QUERIES)
+def test_elsewhere_warps_do_that_by_themselves(sizes, how):
+    shape = Shape(**{axis: getattr(TRIANGLE, axis) for axis in "BSQKHGD"} | sizes)
+    assert kernels(by_warpgroups(shape, {"q"}, **how)) == ["backward_query"]
+
+
+def test_nobody_has_it_who_does_not_ask_for_it():
+    """It was not timed yet."""
+    assert kernels(whole(TRIANGLE, wanted={"q"})) == ["backward_query"]
+
+
+# --- The gradient of the pair bias where they do --------------------------------------------------
+
+PAIRS = {
+    "triangle 512": (TRIANGLE, 2),
+    "triangle 1024": (Shape(1, 1024, 1024, 1024, 4, 4, 32), 1),
+    "triangle 256": (Shape(1, 256, 256, 256, 4, 4, 32), 8),
+    "diffusion": (Shape(1, 48, 768, 768, 16, 16, 48), 1),
+    "grouped heads": (Shape(2, 33, 250, 400, 4, 2, 24), 2),
+    "few rows": (Shape(1, 20, 64, 64, 1, 1, 8), 1),
+}
+
+
+@pytest.mark.parametrize(("shape", "parts"), PAIRS.values(), ids=PAIRS)
+def test_warpgroups_do_the_gradient_of_the_pair_bias(shape, parts):
+    work = by_warpgroups(shape, {"pair_bias"})
+    queries, pairs = work.launches
+    assert queries.kernel == "evoformer_warpgroup_backward_queries"
+    assert pairs.source == pairs.kernel == "evoformer_warpgroup_backward_pair_bias"
+    assert pairs.threads == (640,)
+    assert pairs.shared_bytes == pairs.defines["SHARED_BYTES"]
+    whole = tiles(shape.Q, 128) * tiles(shape.K, 128) * shape.H * shape.B
+    assert pairs.blocks == whole * parts
+    assert work.counts == {"parts": parts, "pair_bias_tiles": 16 * whole}
+    shared = {"pair_bias_sums": (whole, 128 * 128), "turns": (16 * whole + 1,)}
+    assert work.scratch == {"delta": (*shape.of("lse"), 2)} | (shared if parts > 1 else {})
+
+
+@pytest.mark.parametrize(("sizes", "how"), NOT_QUERIES.values(), ids=NOT_QUERIES)
+def test_elsewhere_other_kernels_do_that(sizes, how):
+    shape = Shape(**{axis: getattr(TRIANGLE, axis) for axis in "BSQKHGD"} | sizes)
+    names = how.get("names", UNGATED)
+    work = by_warpgroups(shape, {"pair_bias"} & set(names) or {"q"}, **how)
+    assert not any("warpgroup" in launch.kernel for launch in work.launches)
+
+
+@pytest.mark.parametrize("at_once", [1, 78, 132, 264])
+@pytest.mark.parametrize("tiles_", [1, 9, 36, 64, 132, 133, 576])
+@pytest.mark.parametrize("S", [0, 1, 31, 48, 512, 5120])
+def test_as_many_blocks_share_a_tile_as_are_done_soonest(S, tiles_, at_once):
+    def rows(parts):
+        waves = tiles(tiles_ * parts, at_once)
+        together = min(parts, tiles(at_once, tiles_))
+        return waves * (tiles(S, parts) + warpgroup.START) + warpgroup.TURN * (together - 1)
+
+    parts = warpgroup.parts_of(S, tiles_, at_once)
+    assert 1 <= parts <= max(1, S // warpgroup.ROWS)
+    for other in range(1, max(1, S // warpgroup.ROWS) + 1):
+        assert rows(parts) < rows(other) or (rows(parts) == rows(other) and parts <= other)
+
+
+@pytest.mark.parametrize("D", warpgroup.BACKWARD)
+def test_blocks_of_the_backward_fit_on_a_multiprocessor(D):
+    """Which has 228 KiB, of which each block takes one for itself."""
+    for name, teams in warpgroup.BACKWARD[D].items():
+        size = warpgroup.shared_bytes(name, teams, D, WITHOUT_GATE)
+        assert teams.blocks * (size + 1024) <= 228 << 10
 
 
 # --- One pass for q and the pair bias -------------------------------------------------------------
@@ -452,6 +560,18 @@ def test_so_does_that_of_the_forward_by_warpgroups(D):
             check(
                 tensor.GROUPED_SOURCE,
                 defines=tensor.grouped_variant(grouped, "bfloat16", D, chosen),
+            )
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("D", warpgroup.BACKWARD)
+def test_so_do_those_of_the_backward_by_warpgroups(D):
+    for name, teams in warpgroup.BACKWARD[D].items():
+        for mask_bias in (0, 1):
+            chosen = WITHOUT_GATE | {"MASK_BIAS": mask_bias}
+            check(
+                f"evoformer_warpgroup_{name}",
+                defines=warpgroup.variant(name, teams, "bfloat16", D, chosen),
             )
 
 

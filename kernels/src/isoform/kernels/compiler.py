@@ -53,7 +53,10 @@ INSTALL = (
     "of nvidia-smi tell)"
 )
 
-SPECIFIC = frozenset({"evoformer_warpgroup_forward"})
+SPECIFIC = frozenset(
+    f"evoformer_warpgroup_{name}"
+    for name in ("forward", "backward_query", "backward_key", "backward_pair_bias")
+)
 """Sources with instructions that one architecture has and its successors do not: they are compiled
 for ``sm_90a`` where others are for ``sm_90``."""
 

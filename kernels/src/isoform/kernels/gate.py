@@ -37,6 +37,7 @@ from isoform.kernels import (
     rotary_launch,
     softmax_launch,
     tensor,
+    warpgroup,
 )
 from isoform.kernels.compiler import (
     Compiled,
@@ -63,8 +64,8 @@ NEVER_SPILL = ("evoformer_tensor_", "attention_tensor_", "rotary ", "bias_", "ma
 SPILLED = {"evoformer_tensor_backward_query_pair": 128, "evoformer_tensor_backward_key": 4}
 """Bytes that some of them may spill all the same. The registers of the first hold sums for all rows
 s, and what little else there is to hold is stored and read back once a row, of 128 logits a lane.
-The other does where operands do not lie on 16 bytes. (``evoformer_warpgroup_forward`` is not among
-:data:`NEVER_SPILL`: of its warps, those that multiply spill nothing in their loop over tiles, but
+The other does where operands do not lie on 16 bytes. (``evoformer_warpgroup_*`` are not among
+:data:`NEVER_SPILL`: of their warps, those that multiply spill nothing in their loop over tiles, but
 between two works, and those that copy do. The instruction counts tell.)"""
 
 Figures = dict[str, dict[str, Resources]]
@@ -125,6 +126,7 @@ def variants() -> list[Variant]:
         *(one for name in tensor.PASSES for one in _tensor(name)),
         *_whole(),
         *_grouped(),
+        *_teams(),
         *_rotary(),
         *_fused(),
         *_softmax(),
@@ -192,6 +194,18 @@ def _grouped() -> Iterator[Variant]:
                 chosen = {**PRODUCTION, "GATED": 0, "MASK_BIAS": mask_bias}
                 defines = tensor.grouped_variant(grouped, dtype, D, chosen)
                 yield Variant(tensor.GROUPED_SOURCE, defines, f"{tensor.WARPGROUPS}a")
+
+
+def _teams() -> Iterator[Variant]:
+    """Each pass of the backward by warpgroups, as a model calls it, and in float16 with a mask
+    bias, which takes most registers.
+    """
+    for D, passes in warpgroup.BACKWARD.items():
+        for name, teams in passes.items():
+            for dtype, mask_bias in (("bfloat16", 0), ("float16", 1)):
+                chosen = {**PRODUCTION, "GATED": 0, "MASK_BIAS": mask_bias}
+                defines = warpgroup.variant(name, teams, dtype, D, chosen)
+                yield Variant(f"evoformer_warpgroup_{name}", defines, f"{tensor.WARPGROUPS}a")
 
 
 def _rotary() -> Iterator[Variant]:

@@ -24,12 +24,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from isoform.kernels import compiler
+from isoform.kernels import compiler, warpgroup
+from isoform.kernels.launch import MULTIPROCESSORS
 from isoform.kernels.tensor import (
     GEOMETRIES,
     GROUPED,
     GROUPS,
-    MULTIPROCESSORS,
     PASSES,
     ROOM,
     TABLE,
@@ -91,9 +91,11 @@ def of_device(name: str, room: int, multiprocessors: int, architecture: str) -> 
     wholes = WHOLES.set(WHOLE if room >= ROOM else {})
     several = MULTIPROCESSORS.set(multiprocessors)
     groups = GROUPS.set(GROUPED if architecture == WARPGROUPS else {})
+    teams = warpgroup.TEAMS.set(warpgroup.BACKWARD if architecture == WARPGROUPS else {})
     try:
         yield
     finally:
+        warpgroup.TEAMS.reset(teams)
         GROUPS.reset(groups)
         MULTIPROCESSORS.reset(several)
         WHOLES.reset(wholes)
@@ -106,10 +108,11 @@ def instead(name: str, head_dim: int, geometry: Geometry) -> Iterator[None]:
     geometries do what other kernels would do in their place.
     """
     table = TABLE.set(merged({name: {head_dim: geometry}}))
-    wholes, groups = WHOLES.set({}), GROUPS.set({})
+    wholes, groups, teams = WHOLES.set({}), GROUPS.set({}), warpgroup.TEAMS.set({})
     try:
         yield
     finally:
+        warpgroup.TEAMS.reset(teams)
         GROUPS.reset(groups)
         WHOLES.reset(wholes)
         TABLE.reset(table)

@@ -9,6 +9,7 @@ but for the addresses, and found again by how the operands lie (:func:`prepared`
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -55,6 +56,9 @@ class Work:
     scratch: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     counts: Mapping[str, int] = field(default_factory=dict, hash=False)
 
+
+MULTIPROCESSORS: ContextVar[int] = ContextVar("MULTIPROCESSORS", default=132)
+"""Of the GPU that work is made for."""
 
 Pass = Callable[[Any, str, Mapping[str, View]], Work]
 """Makes the work of a forward or a backward, by the shape (of the operation's own class), the dtype

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from math import inf, prod
 from types import MappingProxyType
 
+from isoform.kernels import warpgroup
 from isoform.kernels.arguments import View
 from isoform.kernels.compiler import Define
-from isoform.kernels.launch import Launch, Work
+from isoform.kernels.launch import MULTIPROCESSORS, Launch, Work
 from isoform.reference.contract import Arithmetic, Capabilities, Shape
 
 ELEMENTS = {"float16": 1, "bfloat16": 2}
@@ -202,6 +203,7 @@ class Grouped:
         rows: Rows s that a warp does one after the other with the same tile of the pair bias.
         blocks: Blocks that are to fit on a multiprocessor at once, which share its registers.
         fewer: Registers of a thread that copies; those that multiply share the rest.
+        stages: How many tiles of keys there is room for, which are copied ahead.
         least: From how many rows s on it is faster than the other forward.
         padded: How many more queries than the other forward it may compute, beyond those that there
             are, and still be faster.
@@ -211,6 +213,7 @@ class Grouped:
     rows: int
     blocks: int
     fewer: int
+    stages: int = 2
     least: int = 16
     padded: float = 9 / 8
 
@@ -239,7 +242,7 @@ WARPGROUPS = "sm_90"
 KEYS = 64
 """Of a tile of ``evoformer_warpgroup_forward``."""
 
-MOST_WORKS = 4096
+MOST_WORKS = 2048
 """Tiles of queries that a block of it may do, one after the other: it keeps a byte for each."""
 
 ROWS_OF_CHANNELS = frozenset({"q", "k", "v", "gate", "dout", "out"})
@@ -263,9 +266,6 @@ FILL = 1024
 """Blocks that keep a GPU busy to the end: where ``backward_pair_bias`` has fewer tiles, several
 blocks share one, each a range of rows."""
 
-MULTIPROCESSORS: ContextVar[int] = ContextVar("MULTIPROCESSORS", default=132)
-"""Of the GPU. One has one block of ``backward_query_pair`` at a time."""
-
 START = 10
 """How many rows s would take as long as it takes a block of it to begin and to end."""
 
@@ -283,9 +283,16 @@ def eagerly() -> Iterator[None]:
             for D, options in GROUPS.get().items()
         }
     )
+    teams = warpgroup.TEAMS.set(
+        {
+            D: {name: replace(one, least=1) for name, one in passes.items()}
+            for D, passes in warpgroup.TEAMS.get().items()
+        }
+    )
     try:
         yield
     finally:
+        warpgroup.TEAMS.reset(teams)
         GROUPS.reset(groups)
         WHOLES.reset(wholes)
 
@@ -312,6 +319,9 @@ def backward(
     if not wanted:
         return Work(())
     chosen = choices(shape, operands)
+    together = warpgroup.backward(shape, dtype, chosen, wanted)
+    if together is not None:
+        return together
     scratch = {"delta": shape.of("lse")}
     counts: dict[str, int] = {}
     whole = whole_of(shape, chosen, wanted, operands)
@@ -397,6 +407,7 @@ def grouped_variant(
         "GROUPS": grouped.groups,
         "ROWS": grouped.rows,
         "FEWER": grouped.fewer,
+        "STAGES": grouped.stages,
         "BLOCK": KEYS,
         "BLOCKS": grouped.blocks,
         "SHARED_BYTES": _grouped_bytes(grouped, room, chosen),
@@ -412,9 +423,9 @@ def _grouped_bytes(grouped: Grouped, room: int, chosen: Mapping[str, int]) -> in
 
     keys = 4 * (KEYS + (KEYS if chosen["MASK_BIAS"] else 4)) + 16
     stage = grouped.rows * (2 * columns(KEYS) + keys) + 2 * grouped.own * (KEYS + 8)
-    signals = 8 * 9
-    targets = 2 * grouped.rows * 32
-    size = targets + 2 * grouped.rows * columns(grouped.own) + 2 * stage + signals + MOST_WORKS
+    works = 2 * grouped.rows * (columns(grouped.own) + 32)  # this one's and the next
+    signals = 8 * (5 + 2 * grouped.stages)
+    size = works + grouped.stages * stage + signals + MOST_WORKS
     return -(-size // 16) * 16
 
 

@@ -20,7 +20,7 @@ from isoform.conformance.implementations import cuda
 from isoform.conformance.implementations.emulated_attention import CUDA_EMULATED_ATTENTION
 from isoform.conformance.implementations.emulated_rotary import CUDA_EMULATED_ROTARY
 from isoform.conformance.implementations.emulation import Made, results_of
-from isoform.kernels import tensor
+from isoform.kernels import tensor, warpgroup
 from isoform.kernels.arguments import EVOFORMER
 from isoform.kernels.choice import Kernel, select
 from isoform.reference.contract import DIFFERENTIABLE, Call, evoformer_call
@@ -120,10 +120,12 @@ def hopper() -> Iterator[None]:
     those can.
     """
     wholes, groups = tensor.WHOLES.set(tensor.WHOLE), tensor.GROUPS.set(tensor.GROUPED)
+    teams = warpgroup.TEAMS.set(warpgroup.BACKWARD)
     try:
         with tensor.eagerly():
             yield
     finally:
+        warpgroup.TEAMS.reset(teams)
         tensor.GROUPS.reset(groups)
         tensor.WHOLES.reset(wholes)
 

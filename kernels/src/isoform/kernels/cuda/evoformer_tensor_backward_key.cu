@@ -7,6 +7,7 @@
 // Defines: as in evoformer_tensor.cuh; BLOCK is of queries; GATED: whether there is a gate.
 
 #define BIAS_COLUMNS (16 * M_TILES * WARPS)
+#include "evoformer_mask_bias.cuh"
 #include "evoformer_tensor.cuh"
 
 constexpr int THREADS = 32 * WARPS * ROWS;
@@ -308,15 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 }
 
-// dmask_bias: the parts of all key/value heads, a thread for each key.
 extern "C" __global__ void __launch_bounds__(256)
     evoformer_tensor_backward_mask_bias(const EvoformerArguments a) {
-    Tiles place = {static_cast<int64>(blockIdx.x) * 256 + threadIdx.x};
-    if (place.rest >= a.B * a.S * a.K) return;
-    const int64 j = place.next(a.K), s = place.next(a.S), b = place.rest;
-    float sum = 0.0f;
-    for (int64 g = 0; g < a.G; ++g) sum += a.mask_bias_parts[((b * a.S + s) * a.G + g) * a.K + j];
-    const Operand &x = a.dmask_bias;
-    round_to(sum, static_cast<Element *>(x.data) + b * x.stride[0] + s * x.stride[1] +
-                      j * x.stride[4]);
+    add_up_mask_bias(a);
 }

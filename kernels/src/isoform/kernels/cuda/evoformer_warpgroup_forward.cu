@@ -15,44 +15,16 @@
 // copies. Rows of all operands, and of the pair bias, which must be there, are copied 16 bytes at a time.
 // M_TILES is 1, BLOCK is 64.
 
-#include "evoformer_tensor.cuh"
+#define TEAMS GROUPS
+#include "evoformer_warpgroup.cuh"
 
 constexpr int QUERIES = 64 * GROUPS;
-constexpr int MULTIPLYING = 128 * GROUPS, COPYING = 128;  // threads
-constexpr int STAGES = 2;
+constexpr int KEY_TILES = BLOCK / 8;
 
-// Registers of a thread that multiplies: all threads have as many at first, in eights, of what there are,
-// and then those that copy give theirs.
-constexpr int EQUAL_SHARE = 65536 / (MULTIPLYING + COPYING) / BLOCKS / 8 * 8;
-constexpr int MORE = (EQUAL_SHARE + (EQUAL_SHARE - FEWER) / GROUPS) / 8 * 8;
-static_assert((GROUPS * MORE + FEWER) * 128 * BLOCKS <= 65536 && FEWER % 8 == 0 && FEWER >= 24,
-              "these are not the registers that there are");
-constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, in a row
-constexpr int CHANNEL_TILES = HEAD_DIM / 8, KEY_TILES = BLOCK / 8;
-
-static_assert(BLOCK == 64 && M_TILES == 1 && ALIGNED && ALIGNED_BIAS && PAIR_BIAS && !GATED,
-              "this is all that the kernel does");
-
-// Rows in columns of pieces, as a warpgroup's products read them. Two more in every column: the pieces of
-// two rows that eight threads copy lie in different banks.
-template <int SIZE>
-struct Columns {
-    uint4 piece[PIECES][SIZE + 2];
-
-    static constexpr unsigned ACROSS = 16 * (SIZE + 2);
-};
+static_assert(BLOCK == 64, "as many as a product has");
 
 using KeyRows = Columns<BLOCK>;
 using QueryRows = Columns<QUERIES>;
-
-// What a tile of keys brings to the logits besides k. `choice` says how an element of the pair bias
-// becomes a float, −inf where the key is dropped: for bfloat16, which bytes of the pair that it is in,
-// and of −inf, make it up; for float16, where the pair has bits that are kept.
-struct alignas(16) KeyTile {
-    unsigned choice[BLOCK];
-    float bias[MASK_BIAS ? BLOCK : 4];
-    unsigned any, unused[3];  // whether any is kept
-};
 
 struct Stage {
     KeyRows k[ROWS], v[ROWS];
@@ -68,93 +40,20 @@ struct Target {
     int64 queries;  // that there are, 0 if the row is not there
 };
 
-constexpr int MOST_WORKS = 4096;  // of a block
+constexpr int MOST_WORKS = 2048;  // of a block
+
+constexpr int WORKS = 2;  // whose queries are there at once: those of the next are copied ahead
+using WorkTurn = InTurn<WORKS>;
 
 struct Shared {
-    QueryRows q[STAGES][ROWS];
-    Target target[STAGES][ROWS];
+    QueryRows q[WORKS][ROWS];
+    Target target[WORKS][ROWS];
     Stage stage[STAGES];
-    Signal q_there[STAGES], q_done[STAGES], there[STAGES], done[STAGES], finished;
+    Signal q_there[WORKS], q_done[WORKS], there[STAGES], done[STAGES], finished;
     unsigned char again[MOST_WORKS];  // which of the block's works are to be done again, carefully
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
-
-#if ELEMENT == 2
-constexpr unsigned DROPPED = 0x7644;
-__device__ inline unsigned choice_of(int j) { return j % 2 == 0 ? 0x1044 : 0x3244; }
-__device__ inline float2 choose(unsigned pair, uint2 choice) {
-    return make_float2(__uint_as_float(choose_bytes(pair, 0xff800000u, choice.x)),
-                       __uint_as_float(choose_bytes(pair, 0xff800000u, choice.y)));
-}
-#else
-constexpr unsigned DROPPED = 0;
-__device__ inline unsigned choice_of(int j) { return j % 2 == 0 ? 0xffffu : 0xffff0000u; }
-__device__ inline float2 choose(unsigned pair, uint2 choice) {
-    const unsigned keep = choice.x | choice.y;
-    return unpack((pair & keep) | (~keep & MINUS_INFINITIES));
-}
-#endif
-
-// Begins to multiply the warp's sixteen queries, from `query` on, by the tile's keys.
-__device__ inline void multiply_by_keys(float (&s)[KEY_TILES][4], const QueryRows &q, int query,
-                                        const KeyRows &k) {
-#ifdef ISOFORM_WARPGROUPS
-    const TileName left = by_rows(shared_address(&q.piece[0][query / 64 * 64]), QueryRows::ACROSS);
-    const TileName right = by_rows(shared_address(&k.piece[0][0]), KeyRows::ACROSS);
-    warpgroup_begin();
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step)
-        warpgroup_multiply(s, left + step * (2 * QueryRows::ACROSS / 16),
-                           right + step * (2 * KeyRows::ACROSS / 16), step > 0);
-    warpgroup_commit();
-#else
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-        unsigned left[4];
-        ldmatrix_x4(left, &q.piece[2 * step + lane() / 16][query + lane() % 16]);
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n += 2) {
-            unsigned words[4];
-            ldmatrix_x4(words,
-                        &k.piece[2 * step + lane() / 8 % 2][8 * n + lane() % 8 + 8 * (lane() / 16)]);
-            const unsigned first[2] = {words[0], words[1]}, second[2] = {words[2], words[3]};
-            mma_m16n8k16<Element>(s[n], left, first);
-            mma_m16n8k16<Element>(s[n + 1], left, second);
-        }
-    }
-#endif
-}
-
-// o += weights · v.
-__device__ inline void multiply_by_values(float (&o)[CHANNEL_TILES][4],
-                                          const unsigned (&weights)[BLOCK / 16][4],
-                                          const KeyRows &v) {
-#ifdef ISOFORM_WARPGROUPS
-    const TileName right = by_columns(shared_address(&v.piece[0][0]), KeyRows::ACROSS);
-    warpgroup_begin();
-#pragma unroll
-    for (int keys = 0; keys < BLOCK / 16; ++keys)
-        warpgroup_multiply(o, weights[keys], right + keys * 16);
-    warpgroup_commit();
-    warpgroup_wait();
-#else
-#pragma unroll
-    for (int keys = 0; keys < BLOCK / 16; ++keys)
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            unsigned words[4];
-            ldmatrix_x4_trans(words, &v.piece[2 * step + lane() / 16][16 * keys + lane() % 16]);
-            const unsigned first[2] = {words[0], words[1]}, second[2] = {words[2], words[3]};
-            mma_m16n8k16<Element>(o[2 * step], weights[keys], first);
-            mma_m16n8k16<Element>(o[2 * step + 1], weights[keys], second);
-        }
-#endif
-}
 
 // The softmax so far of a lane's two queries of one row s, lane / 4 and lane / 4 + 8 of the warp's:
 // Σ e^(s − top) v and Σ e^(s − top), the latter of the lane's keys.
@@ -209,7 +108,9 @@ __device__ inline void attend(Running &running, const QueryRows &q, int query, c
                               const KeyRows &v, const BiasRow *pair_bias, const KeyTile &keys,
                               float scale) {
     float s[KEY_TILES][4];
-    multiply_by_keys(s, q, query, k);
+    warpgroup_begin();
+    multiply_rows(s, q, query, k, 0);
+    warpgroup_commit();
     warpgroup_wait();
 
     // Logits (rule EVO-2), −inf where the key is dropped.
@@ -265,7 +166,10 @@ __device__ inline void attend(Running &running, const QueryRows &q, int query, c
         }
         running.total[half] += sum;
     }
-    multiply_by_values(running.o, weights, v);
+    warpgroup_begin();
+    multiply_columns(running.o, weights, v, 0);
+    warpgroup_commit();
+    warpgroup_wait();
 }
 
 // --- What a block does ---------------------------------------------------------------------------
@@ -288,49 +192,7 @@ __device__ inline unsigned works(const EvoformerArguments &a) {
     return static_cast<unsigned>(a.B * a.H) * tiles_of(a.S, ROWS) * tiles_of(a.Q, QUERIES);
 }
 
-// Stages, of tiles of keys and of queries, are used in turn. The phase changes each time round.
-struct Turn {
-    unsigned count = 0;
-
-    __device__ int stage() const { return count % STAGES; }
-    __device__ unsigned phase() const { return count / STAGES % 2; }
-};
-
 // --- The warps that copy -------------------------------------------------------------------------
-
-__device__ inline int copier() { return static_cast<int>(threadIdx.x) - MULTIPLYING; }
-
-// Some threads' part in copying rows of 16-byte pieces into columns: each has the same piece of every
-// AT_ONCE-th row.
-template <int THREADS>
-struct RowCopier {
-    static constexpr int AT_ONCE = THREADS / (PIECES == 6 ? 8 : PIECES);  // a divisor of every SIZE
-
-    int row, piece;
-    bool there;  // whether the thread has any, and they have channels
-
-    __device__ RowCopier(const EvoformerArguments &a, int thread)
-        : row(thread / PIECES), piece(thread % PIECES),
-          there(thread < AT_ONCE * PIECES && 8 * piece < static_cast<int>(a.D)) {}
-
-    __device__ const Element *first(const Element *origin, int64 stride) const {
-        return origin + row * stride + 8 * piece;
-    }
-
-    // Zeros in rows that are not wanted, which are not even read (rule EVO-4), and beyond D. `from` is
-    // the thread's first piece.
-    template <int SIZE, class Wanted>
-    __device__ void copy(Columns<SIZE> &tile, const Element *from, int64 stride,
-                         const Wanted &wanted) const {
-        if (row >= AT_ONCE) return;
-        uint4 *to = &tile.piece[piece][row];
-#pragma unroll 4
-        for (int i = 0; i < SIZE; i += AT_ONCE) {
-            cp_async_16(to + i, from, there && wanted(i));
-            from += AT_ONCE * stride;
-        }
-    }
-};
 
 __device__ inline Target target_of(const EvoformerArguments &a, const Head &at, int64 first,
                                    int queries) {
@@ -345,7 +207,7 @@ __device__ inline Target target_of(const EvoformerArguments &a, const Head &at, 
 // Copies all that the block multiplies, in the order in which it does. Each of the four warps copies a
 // quarter of q and of the pair bias, and k or v of every second row s.
 template <bool CAREFUL>
-__device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Turn &q_turn) {
+__device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, WorkTurn &q_turn) {
     constexpr int PER_ROW = BLOCK / 8, AT_ONCE = COPYING / PER_ROW, ROWS_EACH = (ROWS + 1) / 2;
     const bool values = copier() / 32 % 2 == 1;
     const int64 stride = values ? a.v.stride[2] : a.k.stride[2];
@@ -471,7 +333,7 @@ __device__ inline void finish(const EvoformerArguments &a, const Running &runnin
 }
 
 template <bool CAREFUL>
-__device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn, Turn &q_turn) {
+__device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn, WorkTurn &q_turn) {
     const int query = static_cast<int>(threadIdx.x) / 32 * 16;  // the warp's first in the block
     const unsigned last = works(a);
     const int tiles = tiles_of(a.K, BLOCK);
@@ -531,16 +393,17 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
 
     for (int n = threadIdx.x; n < MOST_WORKS; n += blockDim.x) shared.again[n] = 0;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) {
-            // by each thread that copies twice: with its copies, and with what it has written itself
-            expect(&shared.q_there[i], 2 * COPYING), expect(&shared.there[i], 2 * COPYING);
-            expect(&shared.q_done[i], MULTIPLYING / 32), expect(&shared.done[i], MULTIPLYING / 32);
-        }
+        // By each thread that copies twice: with its copies, and with what it has written itself.
+        for (int i = 0; i < WORKS; ++i)
+            expect(&shared.q_there[i], 2 * COPYING), expect(&shared.q_done[i], MULTIPLYING / 32);
+        for (int i = 0; i < STAGES; ++i)
+            expect(&shared.there[i], 2 * COPYING), expect(&shared.done[i], MULTIPLYING / 32);
         expect(&shared.finished, MULTIPLYING);
     }
     __syncthreads();
 
-    Turn turn, q_turn;
+    Turn turn;
+    WorkTurn q_turn;
     if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
         take_fewer_registers<FEWER>();
         copy<false>(a, shared, turn, q_turn);

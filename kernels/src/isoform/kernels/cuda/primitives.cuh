@@ -72,6 +72,7 @@ __device__ inline float exp2_approximate(float x) { return exp2f(x); }
 __device__ inline float reciprocal_approximate(float x) { return 1.0f / x; }
 __device__ inline void rarely() {}
 __device__ inline int unknown_zero() { return 0; }
+__device__ inline float anew(float x) { return x; }
 using SharedAddress = const unsigned char *;
 __device__ inline SharedAddress shared_address(const void *place) {
     return static_cast<SharedAddress>(place);
@@ -203,10 +204,20 @@ __device__ inline void wait_for(Signal *signal, unsigned phase) {
 // A tile in shared memory is named by a descriptor. It lies in columns of pieces of 16 bytes, eight
 // elements of the axis that is adjacent in memory: from piece to piece of a row of the tile it is `across`
 // bytes, and 16 from row to row.
-using TileName = unsigned long long;
+struct TileName {
+    unsigned low, high;
+
+    // The tile so many bytes further, or so many times 16.
+    __device__ TileName at(unsigned bytes) const { return {low + bytes / 16, high}; }
+    __device__ TileName after(unsigned pieces) const { return {low + pieces, high}; }
+
+    __device__ unsigned long long whole() const {
+        return static_cast<unsigned long long>(high) << 32 | low;
+    }
+};
 
 __device__ inline TileName name_of(SharedAddress first, unsigned low, unsigned high) {
-    return static_cast<TileName>(high / 16) << 32 | (low / 16 << 16 | (first & 0x3ffffu) / 16);
+    return {(low / 16 << 16) + (first & 0x3ffffu) / 16, high / 16};
 }
 
 // Of a left operand, or of a right one whose rows are the result's columns.
@@ -225,8 +236,19 @@ __device__ inline void warpgroup_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
+// Until `pending` of those that were committed at most are under way.
+template <int pending = 0>
 __device__ inline void warpgroup_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// To stand after the wait for products that write x: what reads x is computed after it. Between numbers in
+// registers and waiting the compiler knows no other order.
+template <int N>
+__device__ inline void warpgroup_results(float (&x)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        asm volatile("" : "+f"(x[n][0]), "+f"(x[n][1]), "+f"(x[n][2]), "+f"(x[n][3])::"memory");
 }
 
 // What is in shared memory, as far as the thread knows, is there for the products that it begins next.
@@ -241,42 +263,56 @@ __device__ inline void shared_for_warpgroups() {
 #endif
 #define ISOFORM_FOUR(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
 
-// x = A Bᵀ, or x + A Bᵀ, for 64 rows of A and of B by sixteen columns, both in shared memory.
-__device__ inline void warpgroup_multiply(float (&x)[8][4], TileName a, TileName b, bool add) {
-    asm volatile(
-        "{ .reg .pred add; setp.ne.s32 add, %34, 0;"
-        "  wgmma.mma_async.sync.aligned.m64n64k16." ISOFORM_TYPES
-        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
-        "%25,%26,%27,%28,%29,%30,%31}, %32, %33, add, 1, 1, 0, 0; }"
-        : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1]), ISOFORM_FOUR(x[2]), ISOFORM_FOUR(x[3]),
-          ISOFORM_FOUR(x[4]), ISOFORM_FOUR(x[5]), ISOFORM_FOUR(x[6]), ISOFORM_FOUR(x[7])
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-
+// For 64 rows of A, and accumulators x of 8 TILES columns, which are the operands X of the instruction:
+//
+// x = A Bᵀ, or x + A Bᵀ, for sixteen columns of both: A in registers, or in shared memory;
 // x += A B for sixteen columns of A, in registers, and sixteen rows of B.
-__device__ inline void warpgroup_multiply(float (&x)[2][4], const unsigned (&a)[4], TileName b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16." ISOFORM_TYPES
-                 " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 1;"
-                 : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ inline void warpgroup_multiply(float (&x)[4][4], const unsigned (&a)[4], TileName b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16." ISOFORM_TYPES
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20,"
-                 " 1, 1, 1, 1;"
-                 : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1]), ISOFORM_FOUR(x[2]), ISOFORM_FOUR(x[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ inline void warpgroup_multiply(float (&x)[6][4], const unsigned (&a)[4], TileName b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k16." ISOFORM_TYPES
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
-                 "%23}, {%24,%25,%26,%27}, %28, 1, 1, 1, 1;"
-                 : ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1]), ISOFORM_FOUR(x[2]), ISOFORM_FOUR(x[3]),
-                   ISOFORM_FOUR(x[4]), ISOFORM_FOUR(x[5])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+#define ISOFORM_MULTIPLY(TILES, WIDTH, X, OPERANDS, N0, N1, N2, N3, N4, N5)                            \
+    __device__ inline void warpgroup_multiply_rows(float (&x)[TILES][4], TileName a, TileName b,       \
+                                                   bool add) {                                         \
+        asm volatile("{ .reg .pred add; setp.ne.s32 add, %" #N2 ", 0;"                                 \
+                     "  wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16." ISOFORM_TYPES                 \
+                     " {" X "}, %" #N0 ", %" #N1 ", add, 1, 1, 0, 0; }"                                \
+                     : OPERANDS                                                                        \
+                     : "l"(a.whole()), "l"(b.whole()), "r"(static_cast<int>(add)));                    \
+    }                                                                                                  \
+    __device__ inline void warpgroup_multiply_rows(float (&x)[TILES][4], const unsigned (&a)[4],       \
+                                                   TileName b, bool add) {                             \
+        asm volatile("{ .reg .pred add; setp.ne.s32 add, %" #N5 ", 0;"                                 \
+                     "  wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16." ISOFORM_TYPES                 \
+                     " {" X "}, {%" #N0 ",%" #N1 ",%" #N2 ",%" #N3 "}, %" #N4 ", add, 1, 1, 0; }"      \
+                     : OPERANDS                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.whole()),                     \
+                       "r"(static_cast<int>(add)));                                                    \
+    }                                                                                                  \
+    __device__ inline void warpgroup_multiply_columns(float (&x)[TILES][4], const unsigned (&a)[4],    \
+                                                      TileName b) {                                    \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16." ISOFORM_TYPES                   \
+                     " {" X "}, {%" #N0 ",%" #N1 ",%" #N2 ",%" #N3 "}, %" #N4 ", 1, 1, 1, 1;"          \
+                     : OPERANDS                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.whole()));                    \
+    }
+#define ISOFORM_X2 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define ISOFORM_X4 ISOFORM_X2 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define ISOFORM_X6 ISOFORM_X4 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define ISOFORM_X8 ISOFORM_X6 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define ISOFORM_2 ISOFORM_FOUR(x[0]), ISOFORM_FOUR(x[1])
+#define ISOFORM_4 ISOFORM_2, ISOFORM_FOUR(x[2]), ISOFORM_FOUR(x[3])
+#define ISOFORM_6 ISOFORM_4, ISOFORM_FOUR(x[4]), ISOFORM_FOUR(x[5])
+#define ISOFORM_8 ISOFORM_6, ISOFORM_FOUR(x[6]), ISOFORM_FOUR(x[7])
+ISOFORM_MULTIPLY(2, 16, ISOFORM_X2, ISOFORM_2, 8, 9, 10, 11, 12, 13)
+ISOFORM_MULTIPLY(4, 32, ISOFORM_X4, ISOFORM_4, 16, 17, 18, 19, 20, 21)
+ISOFORM_MULTIPLY(6, 48, ISOFORM_X6, ISOFORM_6, 24, 25, 26, 27, 28, 29)
+ISOFORM_MULTIPLY(8, 64, ISOFORM_X8, ISOFORM_8, 32, 33, 34, 35, 36, 37)
+#undef ISOFORM_MULTIPLY
+#undef ISOFORM_X2
+#undef ISOFORM_X4
+#undef ISOFORM_X6
+#undef ISOFORM_X8
+#undef ISOFORM_2
+#undef ISOFORM_4
+#undef ISOFORM_6
+#undef ISOFORM_8
 #undef ISOFORM_FOUR
 #undef ISOFORM_TYPES
 
@@ -304,6 +340,12 @@ __device__ inline int unknown_zero() {
     return zero;
 }
 
+// The same number, but the compiler is not to know: it is kept, and not computed again where it is needed.
+__device__ inline float anew(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+
 // Four of the eight bytes of `high` and `low`, which are numbered from the lowest of `low` on: `chosen`
 // has a number in each of its four lowest half-bytes, and may have anything above.
 __device__ inline unsigned choose_bytes(unsigned low, unsigned high, unsigned chosen) {
@@ -329,7 +371,12 @@ __device__ inline float exp2_approximate(float x) {
 
 // What a GPU without warpgroups has no need of, nor an emulated one.
 #ifndef ISOFORM_WARPGROUPS
+__device__ inline void warpgroup_begin() {}
+__device__ inline void warpgroup_commit() {}
+template <int pending = 0>
 __device__ inline void warpgroup_wait() {}
+template <int N>
+__device__ inline void warpgroup_results(float (&)[N][4]) {}
 __device__ inline void shared_for_warpgroups() {}
 template <int registers>
 __device__ inline void take_fewer_registers() {}

@@ -1,0 +1,429 @@
+// Evoformer attention on the tensor cores of Hopper, backward: dk and dv, and the parts of dmask_bias.
+//
+// What `evoformer_tensor_backward_key.cu` computes, with the same logits, where a logit is to cost few
+// instructions. The rows of the products are keys: a team has 64 of one row s, as left operands in
+// registers, and sums for them; the queries of all heads of the group stream by. Of Sᵀ = K Qᵀ and
+// dPᵀ = V Ōᵀ it has CHUNK queries at a time, whose Pᵀ and dSᵀ are, rounded, the left operands of the sums
+// over queries. What begins with −δ need not subtract it.
+//
+// A block does GROUPS teams of keys of one key/value head, of ACROSS rows s, which share the tiles of the
+// pair bias, and then others.
+//
+// Defines: as in evoformer_warpgroup.cuh, and GROUPS, ACROSS; BLOCK, of queries, is 64.
+
+#define TEAMS (GROUPS * ACROSS)
+#define BIAS_COLUMNS (64 * GROUPS)
+#include "evoformer_mask_bias.cuh"
+#include "evoformer_warpgroup.cuh"
+#include "evoformer_warpgroup_backward.cuh"
+
+constexpr int KEYS = 64 * GROUPS;
+
+static_assert(BLOCK == 64, "two queries a lane of those that copy");
+
+using KeyRows = Columns<KEYS>;
+using QueryRows = Columns<BLOCK>;
+
+// What a tile of queries brings besides q and ō, as all lanes need it.
+struct alignas(16) Queries {
+    float shift[BLOCK];
+    float4 minus_delta[BLOCK / 2];  // of two queries, twice, as accumulators begin
+    int64 number;                   // of the first
+    unsigned any, careful;          // whether one has a key; whether one takes care
+};
+
+struct Stage {
+    QueryRows q[ACROSS], cotangent[ACROSS];
+    BiasRow pair_bias[BLOCK];
+    Queries queries[ACROSS];
+};
+
+struct Shared {
+    KeyRows k[ACROSS], v[ACROSS];
+    Stage stage[STAGES];
+    Signal keys_there, keys_done, there[STAGES], done[STAGES];
+};
+
+static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
+
+// Keys from `first` on, of one key/value head, of the rows from group.s on.
+struct Place {
+    Head group;
+    int64 first;
+
+    __device__ Place(const EvoformerArguments &a, unsigned work) {
+        Blocks block = {work};
+        first = block.next(tiles_of(a.K, KEYS)) * KEYS;
+        group.h = block.next(a.G), group.s = block.next(tiles_of(a.S, ACROSS)) * ACROSS;
+        group.b = block.rest;
+    }
+
+    __device__ Head row(int r) const { return {group.b, group.s + r, group.h}; }
+};
+
+__device__ inline unsigned works(const EvoformerArguments &a) {
+    return static_cast<unsigned>(a.B * a.G) * tiles_of(a.S, ACROSS) * tiles_of(a.K, KEYS);
+}
+
+// --- The warps that copy -------------------------------------------------------------------------
+
+// What is known of a lane's two queries of one tile after the other, read ahead.
+struct ToldStream {
+    const Told *next;
+    int left;  // queries, from the lane's first on
+
+    __device__ void read(Told (&told)[2]) {
+#pragma unroll
+        for (int part = 0; part < 2; ++part)
+            told[part] = left > 32 * part ? next[32 * part] : Told{infinity(), 0.0f};
+        next += BLOCK, left -= BLOCK;
+    }
+
+    // The first query of the tile before the next.
+    __device__ int64 number(const EvoformerArguments &a) const {
+        return next - lane() - BLOCK - told_of(a, 0);
+    }
+};
+
+// Copies all that the block multiplies, in the order in which it does. Each of the four warps copies a
+// quarter of k, of v and of the pair bias, and q or ō of every second row s.
+__device__ inline void copy(const EvoformerArguments &a, Shared &shared) {
+    constexpr int PER_ROW = KEYS / 8, ROWS_EACH = (ACROSS + 1) / 2;
+    constexpr int AT_ONCE = PER_ROW == 24 ? 4 : COPYING / PER_ROW;  // a divisor of BLOCK
+    const bool cotangents = copier() / 32 % 2 == 1;
+    const Operand &x = cotangents ? a.dout : a.q;
+    const int64 stride = x.stride[2];
+    const int row = copier() / PER_ROW, column = copier() % PER_ROW * 8;  // of the pair bias
+    const int first_row = copier() / 64;  // the warp's first row s, of every second
+    const RowCopier<COPYING> of_keys(a, copier());
+    const RowCopier<32> of_queries(a, lane());
+    const int heads = static_cast<int>(a.H / a.G);
+    const unsigned last = works(a);
+    Turn turn;
+    unsigned phase = 0;
+    for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
+        const Place place(a, work);
+        const int keys = clamp(a.K - place.first, 0, KEYS);
+        wait_for(&shared.keys_done, 1 - phase);
+#pragma unroll 1
+        for (int r = 0; r < ACROSS; ++r) {
+            const Head at = place.row(r);
+            const bool present = at.s < a.S;
+            const int64 key = place.first + of_keys.row;
+            const auto wanted = [&](int i) { return present && kept(a, at, key + i); };
+            of_keys.copy(shared.k[r], of_keys.first(channels_of(a.k, at, place.first), a.k.stride[2]),
+                         a.k.stride[2], wanted);
+            of_keys.copy(shared.v[r], of_keys.first(channels_of(a.v, at, place.first), a.v.stride[2]),
+                         a.v.stride[2], wanted);
+        }
+        arrive_with_copies(&shared.keys_there);
+
+        for (int h = 0; h < heads; ++h) {
+            ToldStream queries[ROWS_EACH];
+            Told told[ROWS_EACH][2];  // of the next tile
+            const Element *from[ROWS_EACH];
+#pragma unroll
+            for (int i = 0; i < ROWS_EACH; ++i) {
+                const int r = first_row + 2 * i;
+                const Head at = {place.group.b, place.group.s + r, place.group.h * heads + h};
+                const bool present = r < ACROSS && at.s < a.S;
+                queries[i] = {told_of(a, number_of(a, at, lane())),
+                              present ? static_cast<int>(a.Q) - lane() : 0};
+                queries[i].read(told[i]);
+                from[i] = of_queries.first(channels_of(x, at, 0), stride);
+            }
+            const Operand &bias = a.pair_bias;
+            const Element *pair_bias = static_cast<const Element *>(bias.data) +
+                                       place.group.b * bias.stride[0] +
+                                       (place.group.h * heads + h) * bias.stride[2] +
+                                       row * bias.stride[3] + place.first + column;
+            for (int left = static_cast<int>(a.Q); left > 0; left -= BLOCK, ++turn.count) {
+                Stage &stage = shared.stage[turn.stage()];
+                wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+                if (row < AT_ONCE) {
+                    BiasRow *to = stage.pair_bias + row;
+                    if (keys == KEYS && left >= BLOCK) {
+#pragma unroll 4
+                        for (int i = 0; i < BLOCK; i += AT_ONCE) {
+                            cp_async_16(to[i] + column, pair_bias);
+                            pair_bias += AT_ONCE * bias.stride[3];
+                        }
+                    } else {
+#pragma unroll 1
+                        for (int i = 0; i < BLOCK; i += AT_ONCE) {
+                            cp_async_16(to[i] + column, pair_bias, i + row < left && column < keys);
+                            pair_bias += AT_ONCE * bias.stride[3];
+                        }
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < ROWS_EACH; ++i) {
+                    const int r = first_row + 2 * i;
+                    if (r >= ACROSS) break;
+                    Queries &of = stage.queries[r];
+                    uint64 alive = 0;
+                    bool careful = false;
+#pragma unroll
+                    for (int part = 0; part < 2; ++part) {
+                        const Told &one = told[i][part];
+                        alive |= static_cast<uint64>(__ballot_sync(ALL_LANES, !one.dead()))
+                                 << 32 * part;
+                        if (cotangents) continue;
+                        const int j = lane() + 32 * part;
+                        of.shift[j] = one.shift;
+                        float *start = reinterpret_cast<float *>(&of.minus_delta[j / 2]) + j % 2;
+                        start[0] = start[2] = one.minus_delta;
+                        careful |= __any_sync(ALL_LANES, one.careful());
+                    }
+                    if (!cotangents && lane() == 0)
+                        of.number = queries[i].number(a), of.any = alive != 0, of.careful = careful;
+                    const uint64 ours = alive >> of_queries.row;
+                    of_queries.copy(cotangents ? stage.cotangent[r] : stage.q[r], from[i], stride,
+                                    [=](int j) { return (ours >> j & 1) != 0; });
+                    from[i] += BLOCK * stride;
+                    queries[i].read(told[i]);
+                }
+                arrive_with_copies(&shared.there[turn.stage()]);
+                arrive(&shared.there[turn.stage()]);
+            }
+        }
+    }
+}
+
+// --- The warps that multiply ---------------------------------------------------------------------
+
+using Logits = float[CHUNK / 8][4];
+
+// What a warp has of its sixteen keys of one row s, and sums for them: of lane / 4 and lane / 4 + 8.
+struct Own {
+    unsigned k[STEPS][4], v[STEPS][4];
+    float bias[2];  // the mask bias
+    float dk[CHANNEL_TILES][4], dv[CHANNEL_TILES][4];
+    float dmask_bias[2], unit;
+
+    __device__ void start() {
+        dmask_bias[0] = dmask_bias[1] = 0.0f, unit = FIRST_UNIT;
+#pragma unroll
+        for (int n = 0; n < CHANNEL_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) dk[n][e] = dv[n][e] = 0.0f;
+    }
+
+    // Adds a tile of queries, in which the warp's keys have the pair bias from `column` on.
+    template <bool CAREFUL>
+    __device__ void add(const EvoformerArguments &a, const QueryRows &q, const QueryRows &cotangent,
+                        const BiasRow *pair_bias, int column, const Queries &queries) {
+#pragma unroll
+        for (int first = 0; first < BLOCK; first += CHUNK) {
+            Logits s, dp;
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n) {
+                const float4 x = queries.minus_delta[first / 2 + 4 * n + lane() % 4];
+                dp[n][0] = x.x, dp[n][1] = x.y, dp[n][2] = x.z, dp[n][3] = x.w;
+            }
+            warpgroup_begin();
+            multiply_rows(s, k, q, first);
+            multiply_rows(dp, v, cotangent, first, true);
+            warpgroup_commit();
+            warpgroup_wait();
+
+            add_biases(s, pair_bias + first, column, a.scale);
+            unsigned weights[CHUNK / 16][4];
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n) {
+                const int j = first + 8 * n + 2 * (lane() % 4);
+                const float2 shift = *reinterpret_cast<const float2 *>(queries.shift + j);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float at = e % 2 == 0 ? shift.x : shift.y;
+                    if (!CAREFUL)
+                        s[n][e] = exponential<false>(s[n][e], 0.0f, at);
+                    else
+                        s[n][e] = at == infinity() ? 0.0f
+                                                   : weight_carefully(
+                                                         a, queries.number + j + e % 2, s[n][e]);
+                    dp[n][e] *= s[n][e];
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    weights[n / 2][n % 2 * 2 + half] = pack(s[n][2 * half], s[n][2 * half + 1]);
+            }
+            if (MASK_BIAS) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float sum = 0.0f;  // by itself: shorter sums round less
+#pragma unroll
+                    for (int n = 0; n < CHUNK / 8; ++n) {
+                        sum += dp[n][2 * half];
+                        sum += dp[n][2 * half + 1];
+                    }
+                    dmask_bias[half] += sum;
+                }
+            }
+            in_units(dp);
+            unsigned gradients[CHUNK / 16][4];
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    gradients[n / 2][n % 2 * 2 + half] = pack(dp[n][2 * half], dp[n][2 * half + 1]);
+            warpgroup_begin();
+            multiply_columns(dv, weights, cotangent, first);
+            multiply_columns(dk, gradients, q, first);
+            warpgroup_commit();
+            warpgroup_wait();
+        }
+    }
+
+    // Products become logits (rule EVO-2), whatever those of a dropped key: its sums are not looked at.
+    __device__ void add_biases(Logits &s, const BiasRow *pair_bias, int column, float scale) const {
+#pragma unroll
+        for (int n = 0; n < CHUNK / 8; n += 2) {
+            unsigned pair[4];  // keys, keys + 8; then the next eight queries
+            ldmatrix_x4_trans(pair, pair_bias[8 * n + lane() % 8 + 8 * (lane() / 16)] + column +
+                                        8 * (lane() / 8 % 2));
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                float *logit = &s[n + part / 2][part % 2 * 2];
+                const float2 add = unpack(pair[part]);
+                if (MASK_BIAS) {
+                    logit[0] = fmaf(logit[0], scale, bias[part % 2]) + add.x;
+                    logit[1] = fmaf(logit[1], scale, bias[part % 2]) + add.y;
+                } else {
+                    logit[0] = fmaf(logit[0], scale, add.x);
+                    logit[1] = fmaf(logit[1], scale, add.y);
+                }
+            }
+        }
+    }
+
+    // Gradients of logits as float16 can hold them.
+    __device__ void in_units(Logits &dp) {
+#if ELEMENT == 1
+        const float by = 1.0f / unit;
+#pragma unroll
+        for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) dp[n][e] *= by;
+        keep_in_range(reinterpret_cast<float(&)[1][CHUNK / 8][4]>(dp), unit,
+                      reinterpret_cast<Result &>(dk));
+#endif
+    }
+};
+
+// Writes the warp's rows of a gradient, of key `first` and from there on, with zeros in those that are
+// not alive.
+__device__ inline void store(const EvoformerArguments &a, const Operand &x, const Head &at,
+                             int64 first, const float (&sum)[CHANNEL_TILES][4], float scale,
+                             const bool (&alive)[2]) {
+    const bool by_twos = aligned(x);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int64 j = first + lane() / 4 + 8 * half;
+        if (j >= a.K) continue;
+        Element *target = channels_of(x, at, j);
+#pragma unroll
+        for (int n = 0; n < CHANNEL_TILES; ++n) {
+            const int d = 8 * n + 2 * (lane() % 4);
+            if (8 * n >= static_cast<int>(a.D)) continue;
+            const float low = alive[half] ? sum[n][2 * half] * scale : 0.0f;
+            const float high = alive[half] ? sum[n][2 * half + 1] * scale : 0.0f;
+            if (by_twos)
+                *reinterpret_cast<unsigned *>(target + d) = pack(low, high);
+            else {
+                round_to(low, target + d * x.stride[4]);
+                round_to(high, target + (d + 1) * x.stride[4]);
+            }
+        }
+    }
+}
+
+__device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
+    const int team = uniform(static_cast<int>(threadIdx.x) / 128), r = team / GROUPS;
+    const int own = team % GROUPS * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
+    const int tiles = tiles_of(a.Q, BLOCK) * static_cast<int>(a.H / a.G);
+    const unsigned last = works(a);
+    Turn turn;
+    unsigned phase = 0;
+    for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
+        Own sums;
+        sums.start();
+        wait_for(&shared.keys_there, phase);
+        __syncwarp();
+        load_left(sums.k, shared.k[r], own);
+        load_left(sums.v, shared.v[r], own);
+        __syncwarp();
+        if (lane() == 0) arrive(&shared.keys_done);
+
+        const Place place(a, work);
+        const Head at = place.row(r);
+        const bool present = at.s < a.S;
+        bool alive[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int64 j = place.first + own + lane() / 4 + 8 * half;
+            alive[half] = present && kept(a, at, j);
+            sums.bias[half] = alive[half] ? mask_bias_of(a, at, j) : -infinity();
+        }
+        for (int t = 0; t < tiles; ++t, ++turn.count) {
+            const Stage &stage = shared.stage[uniform(turn.stage())];
+            wait_for(&shared.there[turn.stage()], turn.phase());
+            __syncwarp();
+            const Queries &queries = stage.queries[r];
+            if (queries.any != 0) {
+                shared_for_warpgroups();
+                if (queries.careful != 0) {
+                    rarely();
+                    sums.add<true>(a, stage.q[r], stage.cotangent[r], stage.pair_bias, own, queries);
+                } else
+                    sums.add<false>(a, stage.q[r], stage.cotangent[r], stage.pair_bias, own, queries);
+            }
+            __syncwarp();
+            if (lane() == 0) arrive(&shared.done[turn.stage()]);
+        }
+        if (!present) continue;
+
+        if (a.mask_bias_parts != nullptr) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float sum = over_row(sums.dmask_bias[half]);
+                const int64 j = place.first + own + lane() / 4 + 8 * half;
+                if (j < a.K && lane() % 4 == 0)
+                    a.mask_bias_parts[((at.b * a.S + at.s) * a.G + at.h) * a.K + j] =
+                        alive[half] ? sum : 0.0f;
+            }
+        }
+        if (a.dk.data != nullptr)
+            store(a, a.dk, at, place.first + own, sums.dk,
+                  ELEMENT == 1 ? a.scale * sums.unit : a.scale, alive);
+        if (a.dv.data != nullptr) store(a, a.dv, at, place.first + own, sums.dv, 1.0f, alive);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
+    evoformer_warpgroup_backward_key(const EvoformerArguments a) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared &shared = *reinterpret_cast<Shared *>(memory);
+
+    if (threadIdx.x == 0) {
+        expect(&shared.keys_there, COPYING), expect(&shared.keys_done, MULTIPLYING / 32);
+        for (int i = 0; i < STAGES; ++i) {
+            // by each thread that copies twice: with its copies, and with what it has written itself
+            expect(&shared.there[i], 2 * COPYING), expect(&shared.done[i], MULTIPLYING / 32);
+        }
+    }
+    __syncthreads();
+
+    if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
+        take_fewer_registers<FEWER>();
+        copy(a, shared);
+    } else {
+        take_more_registers<MORE>();
+        multiply(a, shared);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    evoformer_warpgroup_backward_mask_bias(const EvoformerArguments a) {
+    add_up_mask_bias(a);
+}

@@ -1,0 +1,513 @@
+// Evoformer attention on the tensor cores of Hopper, backward: dpair_bias = Σ over rows s of p (dp − δ).
+//
+// What `evoformer_tensor_backward_pair_bias.cu` computes, with the same logits, where a logit is to cost few
+// instructions. A block owns a tile of queries × keys of one head, each of its teams 64 × 64 of it, whose
+// pair bias and sums stay in registers; the rows s stream by, all of them or a part. Of S = Q Kᵀ and
+// dP = Ō Vᵀ a team has CHUNK keys at a time. What is left of a logit is to widen its pair bias, scale and
+// add, shift, exponentiate, and to add p (dp − δ) to its sum.
+//
+// Products begin with what the mask and the mask bias say of a key, over scale; in rows where they say
+// nothing, with 0, which costs nothing.
+//
+// Where tiles alone do not fill the GPU, a.parts blocks share the rows of one. Their sums are added up in
+// memory, one after the other, warp by warp, so that equal calls give equal bits. A block's number is drawn
+// when it starts: those before it have started too, and none waits for one that cannot run.
+//
+// Defines: as in evoformer_warpgroup.cuh, and GROUPS, ACROSS: queries and keys of a block, in 64; CHUNK.
+
+#define TEAMS (GROUPS * ACROSS)
+#include "evoformer_warpgroup.cuh"
+#include "evoformer_warpgroup_backward.cuh"
+
+constexpr int QUERIES = 64 * GROUPS, KEYS = 64 * ACROSS;
+constexpr int KEY_TILES = 64 / 8;  // of a team
+constexpr int WARPS_MULTIPLYING = 4 * TEAMS;
+
+using QueryRows = Columns<QUERIES>;
+using KeyRows = Columns<KEYS>;
+
+// What a row s says of 64 keys.
+enum Kept : unsigned { NONE_KEPT, SOME_KEPT, ALL_ALIKE };  // the last: all, and there is no mask bias
+
+// What a warp has to do for its queries: those of its team have no keys, or its own; one of them takes care.
+enum Way : unsigned { TEAM_HAS_NONE, WARP_HAS_NONE, QUICKLY, CAREFULLY };
+
+struct Stage {
+    QueryRows q, cotangent;
+    KeyRows k, v;
+    float2 shift[QUERIES / 2], minus_delta[QUERIES / 2];  // of queries r and r + 8 of each sixteen
+    float start[KEYS];                 // as products begin; not written where all keys are alike
+    float bias[MASK_BIAS ? KEYS : 4];  // the mask bias
+    unsigned kept[KEYS / 32];          // a bit for each key
+    Kept keys[ACROSS];                 // of each 64
+    Way way[QUERIES / 16];             // of each warp
+};
+
+template <class T>
+constexpr int pieces_of = sizeof(T) / 16;
+
+// What the block does.
+struct Place {
+    Head at;  // of its first row s
+    int64 first_query, first_key;
+    int rows, tile, part;
+};
+
+struct Shared {
+    Stage stage[STAGES];
+    uint4 pair_bias[KEY_TILES / 2][MULTIPLYING];  // as it came: of eight logits of a lane
+    Place place;
+    int zero, unused;
+    Signal there[STAGES], done[STAGES];
+};
+
+static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
+
+__device__ inline Place place_of(const EvoformerArguments &a) {
+    const unsigned number =
+        a.parts > 1 ? atomicAdd(a.turns + a.pair_bias_tiles, 1) : static_cast<int>(blockIdx.x);
+    Place place;
+    Blocks block = {number};
+    place.first_key = block.next(tiles_of(a.K, KEYS)) * KEYS;
+    place.first_query = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
+    place.at.h = block.next(a.H), place.at.b = block.next(a.B);
+    place.part = static_cast<int>(block.rest);
+    place.tile = static_cast<int>(number - block.rest * (gridDim.x / static_cast<unsigned>(a.parts)));
+    place.at.s = a.S * place.part / a.parts;
+    place.rows = static_cast<int>(a.S * (place.part + 1) / a.parts - place.at.s);
+    return place;
+}
+
+// Products begin with biases over scale. A scale of 0 makes queries 0 instead.
+__device__ inline bool no_scale(const EvoformerArguments &a) { return fabsf(a.scale) < 1e-30f; }
+__device__ inline float scale_of(const EvoformerArguments &a) { return no_scale(a) ? 1.0f : a.scale; }
+
+// --- The warps that copy -------------------------------------------------------------------------
+
+// Copies rows of which `wanted` has a bit each, zeros elsewhere. `from` is the lane's first piece.
+template <int SIZE>
+__device__ inline void copy_rows(Columns<SIZE> &tile, const RowCopier<32> &copier,
+                                 const Element *from, int64 stride,
+                                 const unsigned (&wanted)[SIZE / 32], bool all) {
+    constexpr int AT_ONCE = RowCopier<32>::AT_ONCE;
+    if (copier.row >= AT_ONCE) return;
+    uint4 *to = &tile.piece[copier.piece][copier.row];
+    if (all) {
+#pragma unroll 16
+        for (int i = 0; i < SIZE; i += AT_ONCE) {
+            cp_async_16(to + i, from);
+            from += AT_ONCE * stride;
+        }
+        return;
+    }
+#pragma unroll
+    for (int word = 0; word < SIZE / 32; ++word) {
+        const unsigned ours = wanted[word] >> copier.row;
+#pragma unroll
+        for (int i = 0; i < 32; i += AT_ONCE) {
+            cp_async_16(to + 32 * word + i, from, copier.there && (ours >> i & 1) != 0);
+            from += AT_ONCE * stride;
+        }
+    }
+}
+
+// One warp copies q of all rows, and says what is told of queries; another copies ō.
+template <bool cotangents>
+__device__ void copy_queries(const EvoformerArguments &a, Shared &shared) {
+    constexpr int WORDS = QUERIES / 32;
+    const Place &place = shared.place;
+    const Operand &x = cotangents ? a.dout : a.q;
+    const int64 stride = x.stride[2], step = x.stride[1], told_step = a.H * a.Q;
+    const int rows = uniform(place.rows), left = clamp(a.Q - place.first_query, 0, QUERIES) - lane();
+    const bool none = !cotangents && no_scale(a);
+    const RowCopier<32> copier(a, lane());
+    const Element *from = copier.first(channels_of(x, place.at, place.first_query), stride);
+    const Told *next = told_of(a, number_of(a, place.at, place.first_query)) + lane();
+    Told told[WORDS];  // of the next row
+    const auto read = [&] {
+#pragma unroll
+        for (int n = 0; n < WORDS; ++n)
+            told[n] = 32 * n < left ? next[32 * n] : Told{infinity(), 0.0f};
+        next += told_step;
+    };
+    if (rows > 0) read();
+    Turn turn;
+    for (int n = 0; n < rows; ++n, ++turn.count) {
+        Stage &stage = shared.stage[turn.stage()];
+        unsigned live[WORDS], careful[WORDS];
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            live[i] = __ballot_sync(ALL_LANES, !told[i].dead());
+            if (!cotangents) careful[i] = __ballot_sync(ALL_LANES, told[i].careful());
+            all &= live[i] == ALL_LANES;
+        }
+        wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+        if (!cotangents) {
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) {
+                const int at = 32 * i + lane() / 16 * 16 + lane() % 8 * 2 + lane() / 8 % 2;
+                reinterpret_cast<float *>(stage.shift)[at] = told[i].shift;
+                reinterpret_cast<float *>(stage.minus_delta)[at] = told[i].minus_delta;
+            }
+            unsigned team = 0, warp = 0, care = 0;  // of which the lane says it
+#pragma unroll
+            for (int i = 0; i < QUERIES / 16; ++i)
+                if (lane() == i) {
+                    team = live[i / 4 * 2] | live[i / 4 * 2 + 1];
+                    warp = live[i / 2] >> i % 2 * 16 & 0xffffu;
+                    care = careful[i / 2] >> i % 2 * 16 & 0xffffu;
+                }
+            if (lane() < QUERIES / 16)
+                stage.way[lane()] = care != 0   ? CAREFULLY
+                                    : warp != 0 ? QUICKLY
+                                    : team != 0 ? WARP_HAS_NONE
+                                                : TEAM_HAS_NONE;
+        }
+        if (none)
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) live[i] = 0;
+        copy_rows(cotangents ? stage.cotangent : stage.q, copier, from, stride, live,
+                  all && !none && a.D == HEAD_DIM);
+        arrive_with_copies(&shared.there[turn.stage()]);
+        arrive(&shared.there[turn.stage()]);
+        from += step;
+        if (n + 1 < rows) read();
+    }
+}
+
+// One warp copies k of all rows, and says what the mask and the mask bias say of keys; another copies v.
+template <bool values>
+__device__ void copy_keys(const EvoformerArguments &a, Shared &shared) {
+    constexpr int WORDS = KEYS / 32;
+    const Place &place = shared.place;
+    const Operand &x = values ? a.v : a.k;
+    const int64 stride = x.stride[2], step = x.stride[1];
+    const int rows = uniform(place.rows), keys = clamp(a.K - place.first_key, 0, KEYS);
+    const bool masked = a.mask.data != nullptr;
+    const float scale = scale_of(a), over = 1.0f / scale;
+    const float dropped = scale > 0.0f ? -infinity() : infinity();
+    const RowCopier<32> copier(a, lane());
+    const Element *from =
+        copier.first(channels_of(x, group_of(a, place.at), place.first_key), stride);
+    const unsigned char *mask = static_cast<const unsigned char *>(a.mask.data) +
+                                place.at.b * a.mask.stride[0] + place.at.s * a.mask.stride[1] +
+                                (place.first_key + lane()) * a.mask.stride[2];
+    const Element *bias = static_cast<const Element *>(a.mask_bias.data) +
+                          place.at.b * a.mask_bias.stride[0] + place.at.s * a.mask_bias.stride[1] +
+                          (place.first_key + lane()) * a.mask_bias.stride[4];
+    unsigned char keep[WORDS];  // of the next row
+    Element add[WORDS];
+    const auto read = [&] {
+#pragma unroll
+        for (int n = 0; n < WORDS; ++n) {
+            const bool present = 32 * n + lane() < keys;
+            keep[n] = present;
+            if (masked && present) keep[n] = mask[32 * n * a.mask.stride[2]];
+            round_to(0.0f, add + n);
+            if (MASK_BIAS && present) add[n] = bias[32 * n * a.mask_bias.stride[4]];
+        }
+        if (masked) mask += a.mask.stride[1];
+        if (MASK_BIAS) bias += a.mask_bias.stride[1];
+    };
+    if (rows > 0) read();
+    Turn turn;
+    for (int n = 0; n < rows; ++n, ++turn.count) {
+        Stage &stage = shared.stage[turn.stage()];
+        unsigned kept[WORDS], unlike[WORDS];
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            const bool there = keep[i] != 0, present = 32 * i + lane() < keys;
+            kept[i] = __ballot_sync(ALL_LANES, there);
+            unlike[i] = __ballot_sync(
+                ALL_LANES, present && !(there && (!MASK_BIAS || to_float(add[i]) == 0.0f)));
+            all &= kept[i] == ALL_LANES;
+        }
+        wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+        if (!values) {
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) {
+                const int j = 32 * i + lane();
+                const float y = to_float(add[i]);
+                if (MASK_BIAS) stage.bias[j] = y;
+                // what is beyond the keys may begin with anything
+                if ((unlike[i / 2 * 2] | unlike[i / 2 * 2 + 1]) != 0)
+                    stage.start[j] = keep[i] != 0 ? MASK_BIAS ? y * over : 0.0f : dropped;
+                if (lane() == 0) {
+                    stage.kept[i] = kept[i];
+                    if (i % 2 == 1)
+                        stage.keys[i / 2] = (kept[i - 1] | kept[i]) == 0       ? NONE_KEPT
+                                            : (unlike[i - 1] | unlike[i]) != 0 ? SOME_KEPT
+                                                                               : ALL_ALIKE;
+                }
+            }
+        }
+        copy_rows(values ? stage.v : stage.k, copier, from, stride, kept, all && a.D == HEAD_DIM);
+        arrive_with_copies(&shared.there[turn.stage()]);
+        arrive(&shared.there[turn.stage()]);
+        from += step;
+        if (n + 1 < rows) read();
+    }
+}
+
+// --- The warps that multiply ---------------------------------------------------------------------
+
+using Products = float[CHUNK / 8][4];
+using Sums = float[KEY_TILES][4];
+
+// The pair bias as it came: sixteen keys at a time, of which a lane has eight logits', each thread beside the
+// next.
+using OwnBias = const uint4 (*)[MULTIPLYING];
+
+// Puts the pair bias of a lane's logits where it finds it again, of queries from `i` on and keys from `j`
+// on; 0 where there is none. Whether any is NaN or +inf: beside a dropped key's −inf it would not do.
+__device__ inline bool keep_pair_bias(uint4 (*kept)[MULTIPLYING], const EvoformerArguments &a,
+                                      const Head &at, int64 i, int64 j) {
+    const Operand &x = a.pair_bias;
+    i += lane() / 4, j += 2 * (lane() % 4);
+    const Element *from = static_cast<const Element *>(x.data) + at.b * x.stride[0] +
+                          at.h * x.stride[2] + i * x.stride[3] + j;
+    bool strange = false;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES / 2; ++n, from += 16, j += 16) {
+        unsigned pair[4];  // rows, rows + 8; then the next eight keys
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+            const int down = part % 2 * 8, right = part / 2 * 8;
+            pair[part] = i + down < a.Q && j + right < a.K
+                             ? *reinterpret_cast<const unsigned *>(from + down * x.stride[3] + right)
+                             : 0u;
+            const float2 y = unpack(pair[part]);
+            strange |= !(y.x < infinity()) || !(y.y < infinity());
+        }
+        kept[n][threadIdx.x] = {pair[0], pair[1], pair[2], pair[3]};
+    }
+    return strange;
+}
+
+// Two of them, of keys 8 n + 2 (lane % 4) and the next, and the lane's upper or lower query.
+__device__ inline float2 kept_pair_bias(OwnBias kept, int thread, int n, int half) {
+    const unsigned *pair = reinterpret_cast<const unsigned *>(&kept[n / 2][thread]);
+    return unpack(pair[n % 2 * 2 + half]);
+}
+
+// All of them, as logits lie. Who takes care needs their registers for a while.
+__device__ inline void widen(Sums &bias, OwnBias kept, int thread) {
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float2 y = kept_pair_bias(kept, thread, n, half);
+            bias[n][2 * half] = anew(y.x), bias[n][2 * half + 1] = anew(y.y);
+        }
+}
+
+// As products begin with a stage's keys from `key` on: with 0 for those who take care, who add biases one
+// after the other.
+__device__ inline void begin(Products &x, const Stage &stage, int key, bool careful, int lane) {
+    const float *start = stage.start + key + 2 * (lane % 4);
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n) {
+        float2 of = {0.0f, 0.0f};
+        if (!careful) of = *reinterpret_cast<const float2 *>(start + 8 * n);
+        x[n][0] = x[n][2] = of.x, x[n][1] = x[n][3] = of.y;
+    }
+}
+
+// Weights of products, which are 0 of a dropped key, and of a query without a key.
+__device__ inline void weigh(Products &x, const float (*bias)[4], float scale, float2 shift) {
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            x[n][e] = exponential<false>(fmaf(x[n][e], scale, bias[n][e]), 0.0f,
+                                         e < 2 ? shift.x : shift.y);
+}
+
+// sum += p (dp − δ).
+__device__ inline void add(float (*sum)[4], const Products &p, const Products &dp,
+                           float2 minus_delta) {
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            sum[n][e] = fmaf(p[n][e], dp[n][e] + (e < 2 ? minus_delta.x : minus_delta.y), sum[n][e]);
+}
+
+// Both where something is large or not finite, for query `number` and the eighth after it, and a stage's keys
+// from `key` on. Nothing is added for a query without a key or for a dropped key: beside NaN a factor of 0
+// would not do.
+__device__ inline void add_carefully(float (*sum)[4], const Products &x, const Products &dp,
+                                     const EvoformerArguments &a, int64 number, const Stage &stage,
+                                     int pair, int key, OwnBias pair_bias, int thread) {
+    const float2 shift = stage.shift[pair], minus_delta = stage.minus_delta[pair];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const Told told = {half == 0 ? shift.x : shift.y, half == 0 ? minus_delta.x : minus_delta.y};
+        if (told.dead()) continue;
+        const KeptSoftmax softmax = kept_softmax(a, number + 8 * half);
+        const Query of = finished(softmax.top, softmax.total(), 0.0f);
+#pragma unroll
+        for (int n = 0; n < CHUNK / 8; ++n) {
+            const int j = key + 8 * n + 2 * (thread % 4);
+            const unsigned kept = stage.kept[j / 32] >> j % 32;
+            float2 before = {0.0f, 0.0f};
+            if (MASK_BIAS) before = *reinterpret_cast<const float2 *>(stage.bias + j);
+            const float2 after = kept_pair_bias(pair_bias, thread, n, half);
+            const auto add = [&](int e, float before, float after) {
+                const float logit = fmaf(x[n][e], scale_of(a), before) + after;
+                const float p = exponential<true>(logit, of.top, of.shift) * of.inverse;
+                if ((kept >> e % 2 & 1) != 0)
+                    sum[n][e] = fmaf(p, dp[n][e] + told.minus_delta, sum[n][e]);
+            };
+            add(2 * half, before.x, after.x), add(2 * half + 1, before.y, after.y);
+        }
+    }
+}
+
+// Adds up what the blocks that share a tile have of a warp's logits, one after the other. Whether this was
+// the last of them.
+__device__ inline bool add_up(const EvoformerArguments &a, const Place &place, Sums &sum) {
+    const int64 warp = static_cast<int64>(place.tile) * WARPS_MULTIPLYING + threadIdx.x / 32;
+    int *turn = a.turns + warp;
+    if (lane() == 0)
+        while (atomicAdd(turn, 0) < place.part) {}
+    __syncwarp();
+    __threadfence();
+    // A lane's numbers lie one after the other across the warp.
+    float *whole = a.pair_bias_sums + warp * (16 * 64) + lane();
+    const bool last = place.part + 1 == a.parts;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            float *to = whole + (4 * n + e) * 32;
+            if (place.part > 0) sum[n][e] += __ldcg(to);
+            if (!last) *to = sum[n][e];
+        }
+    __threadfence();
+    __syncwarp();
+    if (lane() == 0) atomicAdd(turn, 1);
+    return last;
+}
+
+// Writes a warp's sums, of queries from `i` on and keys from `j` on.
+__device__ inline void store(const EvoformerArguments &a, const Head &at, int64 i, int64 j,
+                             const Sums &sum) {
+    const Operand &x = a.dpair_bias;
+    i += lane() / 4, j += 2 * (lane() % 4);
+    Element *to = static_cast<Element *>(x.data) + at.b * x.stride[0] + at.h * x.stride[2] +
+                  i * x.stride[3] + j * x.stride[4];
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int down = e / 2 * 8, right = 8 * n + e % 2;
+            if (i + down < a.Q && j + right < a.K)
+                round_to(sum[n][e], to + down * x.stride[3] + right * x.stride[4]);
+        }
+}
+
+__device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
+    const int warp = uniform(static_cast<int>(threadIdx.x) / 32), team = warp / 4;
+    const int query = team % GROUPS * 64 + warp % 4 * 16, key = team / GROUPS * 64;
+    const Place &place = shared.place;
+    const int rows = uniform(place.rows);
+    const float scale = scale_of(a);
+    const bool strange = __any_sync(
+        ALL_LANES, keep_pair_bias(shared.pair_bias, a, place.at, place.first_query + query,
+                                  place.first_key + key));
+    const Named<QUERIES> first_q = named_once(shared.stage[0].q);
+    const Named<KEYS> first_k = named_once(shared.stage[0].k);
+    Sums sum = {}, bias;
+    widen(bias, shared.pair_bias, threadIdx.x);
+    Turn turn;
+    for (int n = 0; n < rows; ++n, ++turn.count) {
+        const Stage &stage = shared.stage[turn.stage()];
+        wait_for(&shared.there[turn.stage()], turn.phase());
+        __syncwarp();
+        const Kept kept = stage.keys[key / 64];
+        Way way = stage.way[query / 16];
+        if (way != TEAM_HAS_NONE && kept != NONE_KEPT) {
+            shared_for_warpgroups();
+            if (strange && way == QUICKLY) way = CAREFULLY;
+            const int further = turn.stage() * pieces_of<Stage>;
+            const Named<QUERIES> q = after(first_q, further), cotangent = after(q, pieces_of<QueryRows>);
+            const Named<KEYS> k = after(first_k, further), v = after(k, pieces_of<KeyRows>);
+            const int pair = query / 2 + lane() / 4;
+#pragma unroll
+            for (int first = 0; first < 64; first += CHUNK) {
+                // What is rarely needed is computed then, and has no register all the while.
+                const auto thread = [&] {
+                    return static_cast<int>(threadIdx.x) + *const_cast<const volatile int *>(&shared.zero);
+                };
+                Products x, dp;
+                if (kept == SOME_KEPT) begin(x, stage, key + first, way == CAREFULLY, thread());
+                warpgroup_begin();
+                multiply_rows(x, q, query, k, key + first, kept == SOME_KEPT);
+                warpgroup_commit();
+                multiply_rows(dp, cotangent, query, v, key + first);
+                warpgroup_commit();
+                if (way == QUICKLY) {
+                    warpgroup_wait<1>();
+                    warpgroup_results(x);
+                    weigh(x, bias + first / 8, scale, stage.shift[pair]);
+                    warpgroup_wait();
+                    warpgroup_results(dp);
+                    add(sum + first / 8, x, dp, stage.minus_delta[pair]);
+                    continue;
+                }
+                rarely();
+                warpgroup_wait();
+                warpgroup_results(x), warpgroup_results(dp);
+                if (way == CAREFULLY) {
+                    const int now = thread();
+                    const Head at = {place.at.b, place.at.s + n, place.at.h};
+                    const int64 number =
+                        number_of(a, at, place.first_query + query + now % 32 / 4);
+                    add_carefully(sum + first / 8, x, dp, a, number, stage,
+                                  query / 2 + now % 32 / 4, key + first,
+                                  shared.pair_bias + first / 16, now);
+                    widen(bias, shared.pair_bias, now);
+                }
+            }
+        }
+        __syncwarp();
+        if (lane() == 0) arrive(&shared.done[turn.stage()]);
+    }
+    if (a.parts == 1 || add_up(a, place, sum))
+        store(a, place.at, place.first_query + query, place.first_key + key, sum);
+}
+
+extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
+    evoformer_warpgroup_backward_pair_bias(const EvoformerArguments a) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared &shared = *reinterpret_cast<Shared *>(memory);
+
+    if (threadIdx.x == 0) {
+        shared.place = place_of(a);
+        shared.zero = 0;
+        for (int i = 0; i < STAGES; ++i) {
+            // by each thread that copies twice: with its copies, and with what it has written itself
+            expect(&shared.there[i], 2 * COPYING), expect(&shared.done[i], WARPS_MULTIPLYING);
+        }
+    }
+    __syncthreads();
+
+    if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
+        take_fewer_registers<FEWER>();
+        const int warp = copier() / 32;
+        if (warp == 0)
+            copy_queries<false>(a, shared);
+        else if (warp == 1)
+            copy_queries<true>(a, shared);
+        else if (warp == 2)
+            copy_keys<false>(a, shared);
+        else
+            copy_keys<true>(a, shared);
+    } else {
+        take_more_registers<MORE>();
+        multiply(a, shared);
+    }
+}

@@ -1,0 +1,261 @@
+"""The backward on Hopper: the host side of the kernels where four warps multiply together.
+
+The device side is ``cuda/evoformer_warpgroup_*.cu``, a file for each pass; what they share is in
+``cuda/evoformer_warpgroup.cuh``. First of all, a kernel leaves what all passes want to know of each
+query (``cuda/evoformer_warpgroup_backward.cuh``); each of the others does one or two gradients, by
+logits of its own. Sizes of tiles are data, :data:`BACKWARD`. What is decided here needs no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from math import inf, prod
+from types import MappingProxyType
+
+from isoform.kernels import plain
+from isoform.kernels.compiler import Define
+from isoform.kernels.launch import MULTIPROCESSORS, Launch, Work
+from isoform.reference.contract import Shape
+
+KEYS = 64
+"""Rows of a tile that streams by."""
+
+START = 10
+"""How many rows s would take as long as it takes a block of ``backward_pair_bias`` to begin and to
+end."""
+
+TURN = 3
+"""How many, as it takes to add up the sums of one block more."""
+
+ROWS = 16
+"""The least rows s of a block of it, where several share a tile."""
+
+PASSES = ("backward_query", "backward_key", "backward_pair_bias")
+"""Each is a source, ``evoformer_warpgroup_PASS.cu``, and a kernel of the same name."""
+
+
+@dataclass(frozen=True)
+class Teams:
+    """How a pass cuts its work among teams of four warps, which multiply 64 rows together.
+
+    Attributes:
+        groups: Of a block's rows that stay, how many times 64: queries, or keys in
+            ``backward_key``.
+        across: What a block does besides, at once: rows s, of which each team does one; in
+            ``backward_pair_bias`` keys, how many times 64.
+        blocks: Blocks that are to fit on a multiprocessor at once, which share its registers.
+        fewer: Registers of a thread that copies; those that multiply share the rest.
+        chunk: Of a tile's rows, those whose logits are in registers at a time.
+        stages: How many tiles there are to be copied ahead.
+        turns: In ``backward_query``, how many of the ``groups`` a team does, one after the other.
+        least: From how many rows s on it is faster than the kernels of other GPUs, as was
+            measured; never, where that was not.
+    """
+
+    groups: int
+    across: int
+    blocks: int
+    fewer: int
+    chunk: int
+    stages: int = 2
+    turns: int = 1
+    least: float = inf
+
+
+BACKWARD: Mapping[int, Mapping[str, Teams]] = {
+    16: {
+        "backward_query": Teams(2, 3, 1, 56, 32, stages=3, turns=2),
+        "backward_key": Teams(1, 4, 1, 32, 32),
+        "backward_pair_bias": Teams(2, 2, 1, 64, 32, stages=4),
+    },
+    32: {
+        "backward_query": Teams(2, 3, 1, 56, 32, stages=3, turns=2),
+        "backward_key": Teams(1, 3, 1, 80, 32),
+        "backward_pair_bias": Teams(2, 2, 1, 64, 32, stages=4),
+    },
+    48: {
+        "backward_query": Teams(2, 2, 1, 56, 32, stages=3, turns=2),
+        "backward_key": Teams(3, 1, 1, 56, 32),
+        "backward_pair_bias": Teams(2, 2, 1, 64, 32, stages=3),
+    },
+}
+"""By head dim and pass, for a GPU of :data:`isoform.kernels.tensor.WARPGROUPS`."""
+
+TEAMS: ContextVar[Mapping[int, Mapping[str, Teams]]] = ContextVar(
+    "TEAMS", default=MappingProxyType({})
+)
+"""Those in use: :data:`BACKWARD` on a GPU of that architecture, and none elsewhere."""
+
+
+def backward(
+    shape: Shape, dtype: str, chosen: Mapping[str, int], wanted: Collection[str]
+) -> Work | None:
+    """What computes the gradients of the operands ``wanted`` by warpgroups, with the definitions
+    that the operands have ``chosen``; None where the kernels of other GPUs are to do it.
+
+    They can where there is a pair bias and no gate, and all rows can be copied 16 bytes at a time.
+    """
+    room = next((D for D in TEAMS.get() if shape.D <= D), 0)
+    passes = TEAMS.get().get(room, {})
+    able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"]
+    needed = [
+        name
+        for name, gradients in (
+            ("backward_query", {"q"}),
+            ("backward_key", {"k", "v", "mask_bias"}),
+            ("backward_pair_bias", {"pair_bias"}),
+        )
+        if not gradients.isdisjoint(wanted)
+    ]
+    if chosen["GATED"] or not able or any(name not in passes for name in needed):
+        return None
+    if any(passes[name].least > shape.S for name in needed):
+        return None
+    defines = {name: variant(name, passes[name], dtype, room, chosen) for name in needed}
+    facts = _queries(shape, dtype, room, chosen)
+    scratch: dict[str, tuple[int, ...]] = {"delta": (*shape.of("lse"), 2)}
+    launches = [facts]
+    counts: dict[str, int] = {}
+    if "backward_query" in needed:
+        launches.append(_launch("backward_query", passes["backward_query"], shape, defines))
+    if "backward_key" in needed:
+        keys = _launch("backward_key", passes["backward_key"], shape, defines)
+        launches.append(keys)
+        if "mask_bias" in wanted:
+            scratch["mask_bias_parts"] = (shape.B, shape.S, shape.G, shape.K)
+            launches.append(
+                replace(
+                    keys,
+                    kernel="evoformer_warpgroup_backward_mask_bias",
+                    blocks=-(-shape.B * shape.S * shape.K // 256),
+                    threads=(256,),
+                    shared_bytes=0,
+                )
+            )
+    if "backward_pair_bias" in needed:
+        teams = passes["backward_pair_bias"]
+        pairs = _launch("backward_pair_bias", teams, shape, defines)
+        tiles, warps = pairs.blocks, pairs.blocks * 4 * multiplying(teams)
+        parts = parts_of(shape.S, tiles, MULTIPROCESSORS.get() * teams.blocks)
+        launches.append(replace(pairs, blocks=tiles * parts))
+        counts = {"parts": parts, "pair_bias_tiles": warps}  # each warp takes turns by itself
+        if parts > 1:
+            scratch["pair_bias_sums"] = (tiles, 64 * teams.groups * 64 * teams.across)
+            scratch["turns"] = (warps + 1,)
+    return Work(tuple(one for one in launches if one.blocks), scratch, counts)
+
+
+def parts_of(S: int, tiles: int, at_once: int) -> int:
+    """How many blocks share the S rows of each of so many ``tiles``, where so many blocks can be
+    ``at_once``: so that all are done soonest.
+
+    What a block takes is reckoned in rows. Those of a tile that end together wait for each other,
+    to add up what they have.
+    """
+
+    def rows(parts: int) -> int:
+        waves = -(-tiles * parts // at_once)
+        together = min(parts, -(-at_once // tiles))
+        return waves * (-(-S // parts) + START) + TURN * (together - 1)
+
+    return min(range(1, max(1, S // ROWS) + 1), key=rows) if tiles else 1
+
+
+def variant(
+    name: str, teams: Teams, dtype: str, room: int, chosen: Mapping[str, int]
+) -> dict[str, Define]:
+    """The definitions that choose the variant of the pass ``name`` for head dims up to ``room``."""
+    return {
+        "ELEMENT": plain.ELEMENTS[dtype],
+        "HEAD_DIM": room,
+        "M_TILES": 1,
+        "WARPS": 4 * teams.groups,
+        "GROUPS": teams.groups,
+        "ACROSS": teams.across,
+        "FEWER": teams.fewer,
+        "BLOCK": KEYS,
+        "CHUNK": teams.chunk,
+        "STAGES": teams.stages,
+        "TURNS": teams.turns,
+        "BLOCKS": teams.blocks,
+        "SHARED_BYTES": shared_bytes(name, teams, room, chosen),
+        **chosen,
+    }
+
+
+def multiplying(teams: Teams) -> int:
+    """Teams of a block that multiply."""
+    return teams.groups * teams.across // teams.turns
+
+
+def shared_bytes(name: str, teams: Teams, room: int, chosen: Mapping[str, int]) -> int:
+    """The shared memory of a block; each source asserts that it has the same idea."""
+    own = 64 * teams.groups
+
+    def columns(rows: int) -> int:
+        return 2 * room * (rows + 2)
+
+    match name:
+        case "backward_query":
+            kept = teams.across * (2 * columns(own) + 8 * own + 2 * 24)
+            keys = 4 * (KEYS + (KEYS if chosen["MASK_BIAS"] else 4)) + 16
+            stage = teams.across * (2 * columns(KEYS) + keys) + 2 * own * (KEYS + 8)
+            signals = 8 * (2 + 2 * teams.stages)
+        case "backward_key":
+            kept = 2 * teams.across * columns(own)
+            queries = 12 * KEYS + 16
+            stage = teams.across * (2 * columns(KEYS) + queries) + 2 * KEYS * (own + 8)
+            signals = 8 * (2 + 2 * teams.stages)
+        case "backward_pair_bias":
+            keys = 64 * teams.across
+            kept = 2 * own * keys + 64  # the pair bias, and what the block does
+            told = 8 * own + 4 * keys + (4 * keys if chosen["MASK_BIAS"] else 16)
+            flags = 12 * teams.across + own // 4
+            stage = 2 * columns(own) + 2 * columns(keys) + -(-(told + flags) // 16) * 16
+            signals = 8 * 2 * teams.stages
+        case _:
+            raise ValueError(f"there is no pass {name!r}")
+    return -(-(kept + teams.stages * stage + signals) // 16) * 16
+
+
+def _queries(shape: Shape, dtype: str, room: int, chosen: Mapping[str, int]) -> Launch:
+    """What leaves the facts of each query, eight lanes for each."""
+    source = "evoformer_warpgroup_backward_queries"
+    defines: dict[str, Define] = {
+        "ELEMENT": plain.ELEMENTS[dtype],
+        "HEAD_DIM": room,
+        "M_TILES": 1,
+        "WARPS": 8,
+        "BLOCK": KEYS,
+        "CHUNK": 16,
+        **{name: chosen[name] for name in ("GATED", "ALIGNED", "ALIGNED_BIAS")},
+        "MASK_BIAS": 0,
+        "PAIR_BIAS": 1,
+    }
+    blocks = -(-prod(shape.of("lse")) // 32)
+    return Launch(source, defines, source, blocks, (256,))
+
+
+def _launch(
+    name: str, teams: Teams, shape: Shape, defines: Mapping[str, Mapping[str, Define]]
+) -> Launch:
+    """As many blocks as can be at once, for works that each does some of; but of
+    ``backward_pair_bias``, one for each tile.
+    """
+    own = 64 * teams.groups
+    rows = -(-shape.S // teams.across)
+    match name:
+        case "backward_query":
+            works = -(-shape.Q // own) * rows * shape.H * shape.B
+        case "backward_pair_bias":
+            works = -(-shape.Q // own) * -(-shape.K // (64 * teams.across)) * shape.H * shape.B
+        case _:
+            works = -(-shape.K // own) * rows * shape.G * shape.B
+    source = f"evoformer_warpgroup_{name}"
+    chosen = defines[name]
+    threads = 128 * (multiplying(teams) + 1)
+    at_once = MULTIPROCESSORS.get() * teams.blocks
+    blocks = works if name == "backward_pair_bias" else min(works, at_once)
+    return Launch(source, chosen, source, blocks, (threads,), int(chosen["SHARED_BYTES"]))
