@@ -262,5 +262,4 @@ def test_the_gradient_of_q_where_queries_take_care(
     assert nothing[:, :, 30:33, 0].all()
     np.testing.assert_array_equal(dq[nothing], 0.0)
     error = np.abs(dq - expected).mean(axis=(0, 1, 2, 4))  # of either head
-    print(error / np.sqrt((expected**2).mean()))
     assert (error < 5e-4 * np.sqrt((expected**2).mean())).all()

@@ -11,8 +11,7 @@
 // read once for ACROSS rows, and one of k and v once for all queries of the block. q and the cotangent stay
 // in registers for all keys, where those do, and are fetched anew for each tile elsewhere.
 //
-// All products of a team are its four warps' together, also where one of them has queries that take care:
-// only what is between products is done otherwise then.
+// All products of a team are its four warps' together: where one of its queries takes care, all do.
 //
 // Defines, besides those of evoformer_warpgroup.cuh: GROUPS, ACROSS, TURNS; CHUNK, of how many keys
 // logits are in registers at a time. BLOCK is 64.
@@ -338,11 +337,23 @@ __device__ inline Query query_of(const EvoformerArguments &a, int64 number, floa
     return finished(softmax.top, softmax.total(), 0.0f);
 }
 
-// Products q · k become weights, of the keys from `key` of the tile on, which is the lane's first; where
-// they are float16, over the unit. `number` is that of the first of the warp's sixteen queries.
+// A lane's place in the pair bias of a warp's queries, and among the keys of sixteen, both in bytes: that
+// many further than what is known of the place is one instruction's address.
+struct Corner {
+    int bias, key;
+
+    template <class T>
+    __device__ static const T *beyond(const T *place, int bytes) {
+        return reinterpret_cast<const T *>(reinterpret_cast<const unsigned char *>(place) + bytes);
+    }
+};
+
+// Products q · k become weights, of the tile's keys from `first` on; where they are float16, over the unit.
+// `number` is that of the first of the warp's sixteen queries.
 template <bool CAREFUL>
 __device__ inline void weigh(Logits &s, const EvoformerArguments &a, const Piece &piece, int64 number,
-                             const Element *pair_bias, const RowKeys &keys, int key) {
+                             const BiasRow *pair_bias, const RowKeys &keys, int first,
+                             const Corner &corner) {
     Query precise[2];
     if (CAREFUL)
 #pragma unroll
@@ -351,10 +362,13 @@ __device__ inline void weigh(Logits &s, const EvoformerArguments &a, const Piece
 #pragma unroll
     for (int n = 0; n < LOGIT_TILES; n += 2) {
         unsigned bias[4];  // rows, rows + 8; then the next eight keys
-        ldmatrix_x4(bias, pair_bias + 8 * n);
-        const uint4 choices = *reinterpret_cast<const uint4 *>(keys.choice + key + 8 * n);
+        ldmatrix_x4(bias, Corner::beyond(*pair_bias + first + 8 * n, corner.bias));
+        const uint4 choices = *reinterpret_cast<const uint4 *>(
+            Corner::beyond(keys.choice + first + 8 * n, corner.key));
         float4 mask_biases = {};
-        if (MASK_BIAS) mask_biases = *reinterpret_cast<const float4 *>(keys.bias + key + 8 * n);
+        if (MASK_BIAS)
+            mask_biases = *reinterpret_cast<const float4 *>(
+                Corner::beyond(keys.bias + first + 8 * n, corner.key));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint2 choice =
@@ -384,21 +398,13 @@ __device__ inline void weigh(Logits &s, const EvoformerArguments &a, const Piece
     }
 }
 
-// Weights become the gradients of logits, given dp = ō · v.
-//
-// A dropped key's are 0: its pair bias is replaced by −inf, k and v are zeros. That is enough unless there
-// is something that is not finite to multiply the zeros by.
-template <bool CAREFUL>
-__device__ inline void differentiate(Logits &s, const Logits &dp, const Piece &piece,
-                                     const RowKeys &keys, int key) {
+// Weights become the gradients of logits, given dp = ō · v: those of dropped keys 0, as the weights, or
+// NaN like all of their query's.
+__device__ inline void differentiate(Logits &s, const Logits &dp, const Piece &piece) {
 #pragma unroll
     for (int n = 0; n < LOGIT_TILES; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            s[n][e] *= dp[n][e] + piece.minus_delta[e / 2];
-            if (CAREFUL && keys.choice[key + n / 2 * 16 + n % 2 * 2 + e % 2] == DROPPED)
-                s[n][e] = 0.0f;
-        }
+        for (int e = 0; e < 4; ++e) s[n][e] *= dp[n][e] + piece.minus_delta[e / 2];
 }
 
 // Writes the warp's queries from `query` of the block on.
@@ -439,23 +445,6 @@ __device__ inline bool in_pairs(const Operand &x) {
     return odd % 2 == 0 && x.stride[4] == 1;
 }
 
-// Zeros instead of the q and the cotangent of queries without a key, which may hold anything (rule EVO-5):
-// of the warp's sixteen from `query` on.
-__device__ inline void clear_the_dead(Shared &shared, int r, int query, const Piece &piece) {
-    if (__any_sync(ALL_LANES, piece.dead(0) || piece.dead(1))) {
-        rarely();
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll 1
-            for (int i = lane() % 4; i < PIECES && piece.dead(half); i += 4) {
-                const int row = query + lane() / 4 + 8 * half;
-                shared.q[r].piece[i][row] = make_uint4(0, 0, 0, 0);
-                shared.cotangent[r].piece[i][row] = make_uint4(0, 0, 0, 0);
-            }
-    }
-    __syncwarp();
-}
-
 // Of which bytes any is set where a key of a chunk is kept.
 __device__ constexpr unsigned of_chunk(int chunk) {
     return (CHUNK == 64 ? 0xffffffffu : (1u << CHUNK / 2) - 1) << chunk * CHUNK / 2;
@@ -463,19 +452,18 @@ __device__ constexpr unsigned of_chunk(int chunk) {
 
 // What a warp works at: queries of one row s, for each of its team's turns sixteen.
 struct Own {
-    int r, query;   // of the block: the row s, and the first query of the first turn
-    int bias, key;  // the lane's place in a tile's pair bias, and among its keys
+    int r, query;  // of the block: the row s, and the first query of the first turn
+    Corner corner;
     Piece pieces[TURNS];
     Left q[HELD ? TURNS : 1], cotangent[HELD ? TURNS : 1];
 
     // Begins with the queries that have come. Where in shared memory they are is found out each time, and
     // does not stay in registers.
-    __device__ void start(Shared &shared) {
+    __device__ void start(const Shared &shared) {
         const int mine = query + unknown_zero();
 #pragma unroll
         for (int turn = 0; turn < TURNS; ++turn) {
             pieces[turn].start(shared.told[r] + mine + 64 * turn);
-            clear_the_dead(shared, r, mine + 64 * turn, pieces[turn]);
             if (!HELD) continue;
             load_left(q[turn], shared.q[r], mine + 64 * turn);
             load_left(cotangent[turn], shared.cotangent[r], mine + 64 * turn);
@@ -524,14 +512,13 @@ struct Own {
             // assembler would wait for dp before all weights are computed, instead of after.
             if ((any & of_chunk(chunk % CHUNKS)) != 0)
                 weigh<CAREFUL>(mine, a, piece, kept + query + 64 * turn,
-                               stage.pair_bias[64 * turn] + bias + first, stage.keys[r],
-                               key + first);
+                               stage.pair_bias + query + 64 * turn, stage.keys[r], first, corner);
             if (chunk < LAST)
                 warpgroup_wait<1>();
             else
                 warpgroup_wait();
             warpgroup_results(dp);
-            differentiate<CAREFUL>(mine, dp, piece, stage.keys[r], key + first);
+            differentiate(mine, dp, piece);
             piece.keep_in_range(mine);
             unsigned gradients[CHUNK / 16][4];
 #pragma unroll
@@ -582,7 +569,8 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared) {
     const int first = team / ACROSS * TURNS * 64;  // the team's first query in the block
     Own own;
     own.r = team % ACROSS, own.query = first + warp % 4 * 16;
-    own.bias = (own.query + lane() % 16) * BIAS_PITCH + lane() / 16 * 8, own.key = lane() % 4 * 4;
+    own.corner = {lane() % 16 * static_cast<int>(sizeof(BiasRow)) + lane() / 16 * 16,
+                  lane() % 4 * 16};
     const bool by_pairs = in_pairs(a.dq);
     const unsigned last = works(a);
     Turn turn;
