@@ -181,6 +181,9 @@ def test_who_is_eager_takes_what_can_do_the_call():
         (forward,) = tensor.forward(small, "bfloat16", views).launches
         backward = tensor.backward(small, "bfloat16", views, UNGATED)
     assert forward.kernel == tensor.GROUPED_SOURCE
+    assert all("evoformer_warpgroup" in launch.kernel for launch in backward.launches)
+    with geometries.of_device("a GPU", tensor.ROOM, 148, "sm_100"), tensor.eagerly():
+        backward = tensor.backward(small, "bfloat16", views, UNGATED)
     assert "backward_query_pair" in kernels(backward)
     with geometries.of_device("a GPU", 99 << 10, 128, "sm_89"), tensor.eagerly():
         (forward,) = tensor.forward(small, "bfloat16", views).launches

@@ -198,7 +198,7 @@ def _grouped() -> Iterator[Variant]:
 
 def _teams() -> Iterator[Variant]:
     """Each pass of the backward by warpgroups, as a model calls it, and in float16 with a mask
-    bias, which takes most registers.
+    bias, which takes most registers; and what comes before them.
     """
     for D, passes in warpgroup.BACKWARD.items():
         for name, teams in passes.items():
@@ -206,6 +206,10 @@ def _teams() -> Iterator[Variant]:
                 chosen = {**PRODUCTION, "GATED": 0, "MASK_BIAS": mask_bias}
                 defines = warpgroup.variant(name, teams, dtype, D, chosen)
                 yield Variant(f"evoformer_warpgroup_{name}", defines, f"{tensor.WARPGROUPS}a")
+        for dtype, architectures in (("bfloat16", ARCHITECTURES), ("float16", ("sm_90",))):
+            defines = warpgroup.queries_variant(dtype, D, {**PRODUCTION, "GATED": 0})
+            for architecture in architectures:
+                yield Variant(warpgroup.QUERIES_SOURCE, defines, architecture)
 
 
 def _rotary() -> Iterator[Variant]:

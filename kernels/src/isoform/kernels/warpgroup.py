@@ -36,6 +36,10 @@ PASSES = ("backward_query", "backward_key", "backward_pair_bias")
 """Each is a source, ``evoformer_warpgroup_PASS.cu``, and a kernel of the same name."""
 
 
+QUERIES_SOURCE = "evoformer_warpgroup_backward_queries"
+"""What comes before all of them. Any GPU could run it."""
+
+
 @dataclass(frozen=True)
 class Teams:
     """How a pass cuts its work among teams of four warps, which multiply 64 rows together.
@@ -220,10 +224,9 @@ def shared_bytes(name: str, teams: Teams, room: int, chosen: Mapping[str, int]) 
     return -(-(kept + teams.stages * stage + signals) // 16) * 16
 
 
-def _queries(shape: Shape, dtype: str, room: int, chosen: Mapping[str, int]) -> Launch:
-    """What leaves the facts of each query, eight lanes for each."""
-    source = "evoformer_warpgroup_backward_queries"
-    defines: dict[str, Define] = {
+def queries_variant(dtype: str, room: int, chosen: Mapping[str, int]) -> dict[str, Define]:
+    """The definitions that choose the variant of :data:`QUERIES_SOURCE`."""
+    return {
         "ELEMENT": plain.ELEMENTS[dtype],
         "HEAD_DIM": room,
         "M_TILES": 1,
@@ -234,8 +237,13 @@ def _queries(shape: Shape, dtype: str, room: int, chosen: Mapping[str, int]) -> 
         "MASK_BIAS": 0,
         "PAIR_BIAS": 1,
     }
+
+
+def _queries(shape: Shape, dtype: str, room: int, chosen: Mapping[str, int]) -> Launch:
+    """What leaves the facts of each query, eight lanes for each."""
+    defines = queries_variant(dtype, room, chosen)
     blocks = -(-prod(shape.of("lse")) // 32)
-    return Launch(source, defines, source, blocks, (256,))
+    return Launch(QUERIES_SOURCE, defines, QUERIES_SOURCE, blocks, (256,))
 
 
 def _launch(
