@@ -377,19 +377,28 @@ __device__ inline bool add_up(const EvoformerArguments &a, const Place &place, S
     __threadfence();
     // A lane's numbers lie one after the other across the warp.
     float *whole = a.pair_bias_sums + warp * (16 * 64) + lane();
+    const auto place_of = [=](int n, int e) { return whole + (4 * n + e) * 32; };
     const bool last = place.part + 1 == a.parts;
+    if (place.part > 0) {
+        Sums before;  // all of them are under way before one is waited for
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) before[n][e] = __ldcg(place_of(n, e));
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[n][e] += before[n][e];
+    }
+    if (last) return true;
 #pragma unroll
     for (int n = 0; n < KEY_TILES; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            float *to = whole + (4 * n + e) * 32;
-            if (place.part > 0) sum[n][e] += __ldcg(to);
-            if (!last) *to = sum[n][e];
-        }
+        for (int e = 0; e < 4; ++e) *place_of(n, e) = sum[n][e];
     __threadfence();
     __syncwarp();
     if (lane() == 0) atomicAdd(turn, 1);
-    return last;
+    return false;
 }
 
 // Writes a warp's sums, of queries from `i` on and keys from `j` on.
