@@ -87,6 +87,10 @@ def world(request: pytest.FixtureRequest) -> tuple[str, int]:
     return request.param
 
 
+LIMIT = 300.0
+"""Seconds for ranks that are not expected to hang, on a machine however busy."""
+
+
 @pytest.fixture
 def run() -> Callable[..., list[Any]]:
     """Run a function on every rank of a world; what each returned, by rank."""
@@ -95,6 +99,6 @@ def run() -> Callable[..., list[Any]]:
         transport, size = world
         if transport == "simulated":
             return simulate(function, size, *args, **kwargs)
-        return launch(function, size, *args, transport=transport, **kwargs)
+        return launch(function, size, *args, transport=transport, limit=LIMIT, **kwargs)
 
     return on_all_ranks
