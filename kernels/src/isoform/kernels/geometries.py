@@ -29,14 +29,15 @@ from isoform.kernels.launch import MULTIPROCESSORS
 from isoform.kernels.tensor import (
     GEOMETRIES,
     GROUPED,
-    GROUPS,
+    NOTHING_SPECIAL,
     PASSES,
     ROOM,
+    SPECIAL,
     TABLE,
     WARPGROUPS,
     WHOLE,
-    WHOLES,
     Geometry,
+    Special,
 )
 
 SCHEMA = 1
@@ -88,17 +89,20 @@ def of_device(name: str, room: int, multiprocessors: int, architecture: str) -> 
     """
     chosen = file()
     table = TABLE.set(merged(_for(chosen, name) if chosen else {}))
-    wholes = WHOLES.set(WHOLE if room >= ROOM else {})
     several = MULTIPROCESSORS.set(multiprocessors)
-    groups = GROUPS.set(GROUPED if architecture == WARPGROUPS else {})
-    teams = warpgroup.TEAMS.set(warpgroup.BACKWARD if architecture == WARPGROUPS else {})
+    hopper = architecture == WARPGROUPS
+    special = SPECIAL.set(
+        Special(
+            WHOLE if room >= ROOM else {},
+            GROUPED if hopper else {},
+            warpgroup.BACKWARD if hopper else {},
+        )
+    )
     try:
         yield
     finally:
-        warpgroup.TEAMS.reset(teams)
-        GROUPS.reset(groups)
+        SPECIAL.reset(special)
         MULTIPROCESSORS.reset(several)
-        WHOLES.reset(wholes)
         TABLE.reset(table)
 
 
@@ -108,13 +112,11 @@ def instead(name: str, head_dim: int, geometry: Geometry) -> Iterator[None]:
     geometries do what other kernels would do in their place.
     """
     table = TABLE.set(merged({name: {head_dim: geometry}}))
-    wholes, groups, teams = WHOLES.set({}), GROUPS.set({}), warpgroup.TEAMS.set({})
+    special = SPECIAL.set(NOTHING_SPECIAL)
     try:
         yield
     finally:
-        warpgroup.TEAMS.reset(teams)
-        GROUPS.reset(groups)
-        WHOLES.reset(wholes)
+        SPECIAL.reset(special)
         TABLE.reset(table)
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf, prod
-from types import MappingProxyType
 
 from isoform.kernels import warpgroup
 from isoform.kernels.arguments import View
 from isoform.kernels.compiler import Define
 from isoform.kernels.launch import MULTIPROCESSORS, Launch, Work
+from isoform.kernels.warpgroup import Teams
 from isoform.reference.contract import Arithmetic, Capabilities, Shape
 
 ELEMENTS = {"float16": 1, "bfloat16": 2}
@@ -251,13 +251,26 @@ ROWS_OF_CHANNELS = frozenset({"q", "k", "v", "gate", "dout", "out"})
 ROOM = 227 << 10
 """Bytes of shared memory that a block of it may need: what an H100 has, and a B200."""
 
-WHOLES: ContextVar[Mapping[int, Whole]] = ContextVar("WHOLES", default=MappingProxyType({}))
-"""Those in use: :data:`WHOLE` on a GPU that has the room, and none elsewhere."""
 
-GROUPS: ContextVar[Mapping[int, tuple[Grouped, ...]]] = ContextVar(
-    "GROUPS", default=MappingProxyType({})
-)
-"""Those in use: :data:`GROUPED` on a GPU of :data:`WARPGROUPS`, and none elsewhere."""
+@dataclass(frozen=True)
+class Special:
+    """The kernels in use that only some GPUs have: how they cut their work, by head dim.
+
+    Attributes:
+        wholes: :data:`WHOLE` on a GPU that has the :data:`ROOM`, and none elsewhere.
+        groups: :data:`GROUPED` on a GPU of :data:`WARPGROUPS`, and none elsewhere.
+        teams: :data:`isoform.kernels.warpgroup.BACKWARD` there.
+    """
+
+    wholes: Mapping[int, Whole] = field(default_factory=dict)
+    groups: Mapping[int, tuple[Grouped, ...]] = field(default_factory=dict)
+    teams: Mapping[int, Mapping[str, Teams]] = field(default_factory=dict)
+
+
+NOTHING_SPECIAL = Special()
+
+SPECIAL: ContextVar[Special] = ContextVar("SPECIAL", default=NOTHING_SPECIAL)
+"""Those of the GPU that work is made for."""
 
 TABLE: ContextVar[Mapping[str, Mapping[int, Geometry]]] = ContextVar("TABLE", default=GEOMETRIES)
 """The geometries in use: on a GPU, those that :mod:`isoform.kernels.geometries` has for it."""
@@ -276,25 +289,23 @@ ROWS = 16
 @contextmanager
 def eagerly() -> Iterator[None]:
     """While this lasts, kernels that only some GPUs have do whatever they can, however small."""
-    wholes = WHOLES.set({D: replace(one, rows=1) for D, one in WHOLES.get().items()})
-    groups = GROUPS.set(
+    now = SPECIAL.get()
+    eager = Special(
+        {D: replace(one, rows=1) for D, one in now.wholes.items()},
         {
             D: tuple(replace(one, least=1, padded=inf) for one in options)
-            for D, options in GROUPS.get().items()
-        }
-    )
-    teams = warpgroup.TEAMS.set(
+            for D, options in now.groups.items()
+        },
         {
             D: {name: replace(one, least=1) for name, one in passes.items()}
-            for D, passes in warpgroup.TEAMS.get().items()
-        }
+            for D, passes in now.teams.items()
+        },
     )
+    before = SPECIAL.set(eager)
     try:
         yield
     finally:
-        warpgroup.TEAMS.reset(teams)
-        GROUPS.reset(groups)
-        WHOLES.reset(wholes)
+        SPECIAL.reset(before)
 
 
 def forward(shape: Shape, dtype: str, operands: Mapping[str, View]) -> Work:
@@ -319,7 +330,7 @@ def backward(
     if not wanted:
         return Work(())
     chosen = choices(shape, operands)
-    together = warpgroup.backward(shape, dtype, chosen, wanted)
+    together = warpgroup.backward(SPECIAL.get().teams, shape, dtype, chosen, wanted)
     if together is not None:
         return together
     scratch = {"delta": shape.of("lse")}
@@ -365,7 +376,7 @@ def whole_of(
     less than 2^31 elements apart, and a block has room for the pair bias of all keys; and where it
     was measured to be faster: of many rows s.
     """
-    whole = WHOLES.get().get(head_dim(shape.D))
+    whole = SPECIAL.get().wholes.get(head_dim(shape.D))
     if whole is None or chosen["GATED"] or not chosen["ALIGNED"]:
         return None
     fits = whole.keys[1] * whole.warps >= shape.K and whole.rows <= shape.S
@@ -380,7 +391,7 @@ def grouped_of(shape: Shape, chosen: Mapping[str, int]) -> Grouped | None:
     and where it was measured to be faster: of many rows s, with not many more queries than there
     are.
     """
-    options = GROUPS.get().get(head_dim(shape.D), ())
+    options = SPECIAL.get().groups.get(head_dim(shape.D), ())
     able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"]
     if not options or chosen["GATED"] or not able:
         return None

@@ -9,10 +9,8 @@ logits of its own. Sizes of tiles are data, :data:`BACKWARD`. What is decided he
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import inf, prod
-from types import MappingProxyType
 
 from isoform.kernels import plain
 from isoform.kernels.compiler import Define
@@ -87,22 +85,22 @@ BACKWARD: Mapping[int, Mapping[str, Teams]] = {
 }
 """By head dim and pass, for a GPU of :data:`isoform.kernels.tensor.WARPGROUPS`."""
 
-TEAMS: ContextVar[Mapping[int, Mapping[str, Teams]]] = ContextVar(
-    "TEAMS", default=MappingProxyType({})
-)
-"""Those in use: :data:`BACKWARD` on a GPU of that architecture, and none elsewhere."""
-
 
 def backward(
-    shape: Shape, dtype: str, chosen: Mapping[str, int], wanted: Collection[str]
+    table: Mapping[int, Mapping[str, Teams]],
+    shape: Shape,
+    dtype: str,
+    chosen: Mapping[str, int],
+    wanted: Collection[str],
 ) -> Work | None:
-    """What computes the gradients of the operands ``wanted`` by warpgroups, with the definitions
-    that the operands have ``chosen``; None where the kernels of other GPUs are to do it.
+    """What computes the gradients of the operands ``wanted`` by warpgroups, cut as the ``table``
+    says, with the definitions that the operands have ``chosen``; None where the kernels of other
+    GPUs are to do it.
 
     They can where there is a pair bias and no gate, and all rows can be copied 16 bytes at a time.
     """
-    room = next((D for D in TEAMS.get() if shape.D <= D), 0)
-    passes = TEAMS.get().get(room, {})
+    room = next((D for D in table if shape.D <= D), 0)
+    passes = table.get(room, {})
     able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"]
     needed = [
         name

@@ -119,15 +119,13 @@ def hopper() -> Iterator[None]:
     """While this lasts, calls are launched as on a Hopper, by the kernels that only it has wherever
     those can.
     """
-    wholes, groups = tensor.WHOLES.set(tensor.WHOLE), tensor.GROUPS.set(tensor.GROUPED)
-    teams = warpgroup.TEAMS.set(warpgroup.BACKWARD)
+    every = tensor.Special(tensor.WHOLE, tensor.GROUPED, warpgroup.BACKWARD)
+    special = tensor.SPECIAL.set(every)
     try:
         with tensor.eagerly():
             yield
     finally:
-        warpgroup.TEAMS.reset(teams)
-        tensor.GROUPS.reset(groups)
-        tensor.WHOLES.reset(wholes)
+        tensor.SPECIAL.reset(special)
 
 
 CUDA_EMULATED = Implementation(
