@@ -385,10 +385,10 @@ def test_blocks_of_it_are_done_at_the_same_time(builtin, shape, multiprocessors)
     """As far as rows can be shared out: no wave of blocks is nearly empty."""
     counts = whole(shape, multiprocessors=multiprocessors).counts
     tiles, parts = counts["pair_bias_tiles"], counts["parts"]
-    assert 1 <= parts <= shape.S // tensor.ROWS
+    assert 1 <= parts <= shape.S // warpgroup.ROWS
 
     def rows(parts):
-        return -(-tiles * parts // multiprocessors) * (-(-shape.S // parts) + tensor.START)
+        return -(-tiles * parts // multiprocessors) * (-(-shape.S // parts) + warpgroup.START)
 
     assert rows(parts) == min(rows(other) for other in (1, 2, 3, 4, 8, parts))
 

@@ -17,7 +17,7 @@ from isoform.kernels import warpgroup
 from isoform.kernels.arguments import View
 from isoform.kernels.compiler import Define
 from isoform.kernels.launch import MULTIPROCESSORS, Launch, Work
-from isoform.kernels.warpgroup import Teams
+from isoform.kernels.warpgroup import ROWS, Teams
 from isoform.reference.contract import Arithmetic, Capabilities, Shape
 
 ELEMENTS = {"float16": 1, "bfloat16": 2}
@@ -279,12 +279,6 @@ FILL = 1024
 """Blocks that keep a GPU busy to the end: where ``backward_pair_bias`` has fewer tiles, several
 blocks share one, each a range of rows."""
 
-START = 10
-"""How many rows s would take as long as it takes a block of it to begin and to end."""
-
-ROWS = 16
-"""The least rows s of a range, of which adding up the sums takes some 5 % then."""
-
 
 @contextmanager
 def eagerly() -> Iterator[None]:
@@ -345,16 +339,8 @@ def backward(
         keys = _pass("backward_key", shape, dtype, "K G S B", chosen)
         launches.append(keys)
         if "mask_bias" in wanted:
-            scratch["mask_bias_parts"] = (shape.B, shape.S, shape.G, shape.K)
-            launches.append(
-                replace(
-                    keys,
-                    kernel="evoformer_tensor_backward_mask_bias",
-                    blocks=-(-shape.B * shape.S * shape.K // 256),
-                    threads=(256,),
-                    shared_bytes=0,
-                )
-            )
+            last, scratch["mask_bias_parts"] = warpgroup.add_up_mask_bias(keys, shape)
+            launches.append(last)
     if "pair_bias" in wanted and whole is None:
         pairs = _pass("backward_pair_bias", shape, dtype, "K Q H B", chosen)
         geometry = geometry_of("backward_pair_bias", shape.D, gated="gate" in operands)
@@ -494,7 +480,8 @@ def _whole(
 ) -> tuple[list[Launch], dict[str, tuple[int, ...]], dict[str, int]]:
     """The launches of ``backward_query_pair``, their scratch memory and their counts."""
     tiles = -(-shape.Q // whole.own) * shape.H * shape.B
-    parts = _parts_of_whole(shape.S, tiles)
+    # One block for each multiprocessor at a time; to take turns is little beside what each does.
+    parts = warpgroup.parts_of(shape.S, tiles, MULTIPROCESSORS.get(), turn=0)
     keys, warps = whole.cut(shape.K)
     defines = whole_variant(whole, dtype, shape.D, shape.K, chosen)
     source, size = WHOLE_SOURCE, int(defines["SHARED_BYTES"])
@@ -505,18 +492,6 @@ def _whole(
     first = replace(every, kernel=f"{source}_turns", blocks=1, threads=(256,), shared_bytes=0)
     sums = whole.own * keys * warps
     return [first, every], {"pair_bias_sums": (tiles, sums), "turns": (tiles + 1,)}, counts
-
-
-def _parts_of_whole(S: int, tiles: int) -> int:
-    """How many blocks share the S rows of a tile: so that all are done soonest, one for each
-    multiprocessor at a time.
-    """
-    at_once = MULTIPROCESSORS.get()
-
-    def rows(parts: int) -> int:
-        return -(-tiles * parts // at_once) * (-(-S // parts) + START)
-
-    return min(range(1, max(1, S // ROWS) + 1), key=rows)
 
 
 def head_dim(D: int) -> int:

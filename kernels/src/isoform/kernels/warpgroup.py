@@ -21,18 +21,21 @@ KEYS = 64
 """Rows of a tile that streams by."""
 
 START = 10
-"""How many rows s would take as long as it takes a block of ``backward_pair_bias`` to begin and to
-end."""
+"""How many rows s would take as long as it takes a block that streams them to begin and to end."""
 
 TURN = 3
-"""How many, as it takes to add up the sums of one block more."""
+"""How many, as it takes ``backward_pair_bias`` to add up the sums of one block more."""
 
 ROWS = 16
-"""The least rows s of a block of it, where several share a tile."""
+"""The least rows s of a block, where several share a tile: adding up takes some 5 % then."""
 
-PASSES = ("backward_query", "backward_key", "backward_pair_bias")
-"""Each is a source, ``evoformer_warpgroup_PASS.cu``, and a kernel of the same name."""
-
+PASSES: Mapping[str, frozenset[str]] = {
+    "backward_query": frozenset({"q"}),
+    "backward_key": frozenset({"k", "v", "mask_bias"}),
+    "backward_pair_bias": frozenset({"pair_bias"}),
+}
+"""Of whose gradients each is. It is a source, ``evoformer_warpgroup_PASS.cu``, and a kernel of the
+same name."""
 
 QUERIES_SOURCE = "evoformer_warpgroup_backward_queries"
 """What comes before all of them. Any GPU could run it."""
@@ -102,43 +105,27 @@ def backward(
     room = next((D for D in table if shape.D <= D), 0)
     passes = table.get(room, {})
     able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"]
-    needed = [
-        name
-        for name, gradients in (
-            ("backward_query", {"q"}),
-            ("backward_key", {"k", "v", "mask_bias"}),
-            ("backward_pair_bias", {"pair_bias"}),
-        )
-        if not gradients.isdisjoint(wanted)
-    ]
+    needed = [name for name, gradients in PASSES.items() if not gradients.isdisjoint(wanted)]
     if chosen["GATED"] or not able or any(name not in passes for name in needed):
         return None
     if any(passes[name].least > shape.S for name in needed):
         return None
-    defines = {name: variant(name, passes[name], dtype, room, chosen) for name in needed}
-    facts = _queries(shape, dtype, room, chosen)
+    ready = {
+        name: _launch(name, passes[name], shape, variant(name, passes[name], dtype, room, chosen))
+        for name in needed
+    }
     scratch: dict[str, tuple[int, ...]] = {"delta": (*shape.of("lse"), 2)}
-    launches = [facts]
+    launches = [_queries(shape, dtype, room, chosen)]
     counts: dict[str, int] = {}
-    if "backward_query" in needed:
-        launches.append(_launch("backward_query", passes["backward_query"], shape, defines))
-    if "backward_key" in needed:
-        keys = _launch("backward_key", passes["backward_key"], shape, defines)
+    if query := ready.get("backward_query"):
+        launches.append(query)
+    if keys := ready.get("backward_key"):
         launches.append(keys)
         if "mask_bias" in wanted:
-            scratch["mask_bias_parts"] = (shape.B, shape.S, shape.G, shape.K)
-            launches.append(
-                replace(
-                    keys,
-                    kernel="evoformer_warpgroup_backward_mask_bias",
-                    blocks=-(-shape.B * shape.S * shape.K // 256),
-                    threads=(256,),
-                    shared_bytes=0,
-                )
-            )
-    if "backward_pair_bias" in needed:
+            last, scratch["mask_bias_parts"] = add_up_mask_bias(keys, shape)
+            launches.append(last)
+    if pairs := ready.get("backward_pair_bias"):
         teams = passes["backward_pair_bias"]
-        pairs = _launch("backward_pair_bias", teams, shape, defines)
         tiles, warps = pairs.blocks, pairs.blocks * 4 * multiplying(teams)
         parts = parts_of(shape.S, tiles, MULTIPROCESSORS.get() * teams.blocks)
         launches.append(replace(pairs, blocks=tiles * parts))
@@ -149,18 +136,32 @@ def backward(
     return Work(tuple(one for one in launches if one.blocks), scratch, counts)
 
 
-def parts_of(S: int, tiles: int, at_once: int) -> int:
+def add_up_mask_bias(keys: Launch, shape: Shape) -> tuple[Launch, tuple[int, ...]]:
+    """What makes dmask_bias of the parts that the launch ``keys`` of a ``backward_key`` leaves: a
+    kernel of the same source; and the shape of those.
+    """
+    last = replace(
+        keys,
+        kernel=keys.kernel.replace("backward_key", "backward_mask_bias"),
+        blocks=-(-shape.B * shape.S * shape.K // 256),
+        threads=(256,),
+        shared_bytes=0,
+    )
+    return last, (shape.B, shape.S, shape.G, shape.K)
+
+
+def parts_of(S: int, tiles: int, at_once: int, turn: int = TURN) -> int:
     """How many blocks share the S rows of each of so many ``tiles``, where so many blocks can be
     ``at_once``: so that all are done soonest.
 
     What a block takes is reckoned in rows. Those of a tile that end together wait for each other,
-    to add up what they have.
+    to add up what they have: ``turn`` for each.
     """
 
     def rows(parts: int) -> int:
         waves = -(-tiles * parts // at_once)
         together = min(parts, -(-at_once // tiles))
-        return waves * (-(-S // parts) + START) + TURN * (together - 1)
+        return waves * (-(-S // parts) + START) + turn * (together - 1)
 
     return min(range(1, max(1, S // ROWS) + 1), key=rows) if tiles else 1
 
@@ -244,9 +245,7 @@ def _queries(shape: Shape, dtype: str, room: int, chosen: Mapping[str, int]) -> 
     return Launch(QUERIES_SOURCE, defines, QUERIES_SOURCE, blocks, (256,))
 
 
-def _launch(
-    name: str, teams: Teams, shape: Shape, defines: Mapping[str, Mapping[str, Define]]
-) -> Launch:
+def _launch(name: str, teams: Teams, shape: Shape, defines: Mapping[str, Define]) -> Launch:
     """As many blocks as can be at once, for works that each does some of; but of
     ``backward_pair_bias``, one for each tile.
     """
@@ -260,8 +259,7 @@ def _launch(
         case _:
             works = -(-shape.K // own) * rows * shape.G * shape.B
     source = f"evoformer_warpgroup_{name}"
-    chosen = defines[name]
     threads = 128 * (multiplying(teams) + 1)
     at_once = MULTIPROCESSORS.get() * teams.blocks
     blocks = works if name == "backward_pair_bias" else min(works, at_once)
-    return Launch(source, chosen, source, blocks, (threads,), int(chosen["SHARED_BYTES"]))
+    return Launch(source, defines, source, blocks, (threads,), int(defines["SHARED_BYTES"]))
