@@ -301,12 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             uint4 &cotangent = *reinterpret_cast<uint4 *>(shared.cotangent[s & 1][row] + piece);
             const uint4 dO = cotangent;
             const uint4 O = *reinterpret_cast<const uint4 *>(shared.out[row] + piece);
-            float delta = 0.0f;
-            const auto add = [&](unsigned dy_pair, unsigned y_pair) {
-                const float2 dy = unpack(dy_pair), y = unpack(y_pair);
-                delta += dy.x * y.x + dy.y * y.y;
-            };
-            add(dO.x, O.x), add(dO.y, O.y), add(dO.z, O.z), add(dO.w, O.w);
+            float delta = dot(dO, O);
 #pragma unroll
             for (int distance = 1; distance < PIECES; distance *= 2)
                 delta += __shfl_xor_sync(ALL_LANES, delta, distance);

@@ -52,6 +52,28 @@ struct InTurn {
 
 using Turn = InTurn<STAGES>;
 
+// What a block does at a time: SIZE queries or keys from `first` on, of one head, of the MANY rows from at.s
+// on.
+template <int SIZE, int MANY>
+struct Place {
+    Head at;
+    int64 first;
+
+    // Of the `length` queries or keys, and of so many heads, what `work` of them is.
+    __device__ Place(const EvoformerArguments &a, int64 length, int64 heads, unsigned work) {
+        Blocks block = {work};
+        first = block.next(tiles_of(length, SIZE)) * SIZE;
+        at.h = block.next(heads), at.s = block.next(tiles_of(a.S, MANY)) * MANY, at.b = block.rest;
+    }
+
+    __device__ Head row(int r) const { return {at.b, at.s + r, at.h}; }
+
+    // How many there are.
+    __device__ static unsigned count(const EvoformerArguments &a, int64 length, int64 heads) {
+        return static_cast<unsigned>(a.B * heads) * tiles_of(a.S, MANY) * tiles_of(length, SIZE);
+    }
+};
+
 // --- Products --------------------------------------------------------------------------------------
 //
 // Between warpgroup_begin() and warpgroup_commit(); they are there after warpgroup_wait().

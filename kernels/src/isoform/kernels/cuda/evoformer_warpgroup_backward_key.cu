@@ -46,24 +46,7 @@ struct Shared {
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
 
-// Keys from `first` on, of one key/value head, of the rows from group.s on.
-struct Place {
-    Head group;
-    int64 first;
-
-    __device__ Place(const EvoformerArguments &a, unsigned work) {
-        Blocks block = {work};
-        first = block.next(tiles_of(a.K, KEYS)) * KEYS;
-        group.h = block.next(a.G), group.s = block.next(tiles_of(a.S, ACROSS)) * ACROSS;
-        group.b = block.rest;
-    }
-
-    __device__ Head row(int r) const { return {group.b, group.s + r, group.h}; }
-};
-
-__device__ inline unsigned works(const EvoformerArguments &a) {
-    return static_cast<unsigned>(a.B * a.G) * tiles_of(a.S, ACROSS) * tiles_of(a.K, KEYS);
-}
+using Work = Place<KEYS, ACROSS>;  // of key/value heads
 
 // --- The warps that copy -------------------------------------------------------------------------
 
@@ -98,11 +81,11 @@ __device__ inline void copy(const EvoformerArguments &a, Shared &shared) {
     const RowCopier<COPYING> of_keys(a, copier());
     const RowCopier<32> of_queries(a, lane());
     const int heads = static_cast<int>(a.H / a.G);
-    const unsigned last = works(a);
+    const unsigned last = Work::count(a, a.K, a.G);
     Turn turn;
     unsigned phase = 0;
     for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
-        const Place place(a, work);
+        const Work place(a, a.K, a.G, work);
         const int keys = clamp(a.K - place.first, 0, KEYS);
         wait_for(&shared.keys_done, 1 - phase);
 #pragma unroll 1
@@ -125,7 +108,7 @@ __device__ inline void copy(const EvoformerArguments &a, Shared &shared) {
 #pragma unroll
             for (int i = 0; i < ROWS_EACH; ++i) {
                 const int r = first_row + 2 * i;
-                const Head at = {place.group.b, place.group.s + r, place.group.h * heads + h};
+                const Head at = {place.at.b, place.at.s + r, place.at.h * heads + h};
                 const bool present = r < ACROSS && at.s < a.S;
                 queries[i] = {told_of(a, number_of(a, at, lane())),
                               present ? static_cast<int>(a.Q) - lane() : 0};
@@ -134,8 +117,8 @@ __device__ inline void copy(const EvoformerArguments &a, Shared &shared) {
             }
             const Operand &bias = a.pair_bias;
             const Element *pair_bias = static_cast<const Element *>(bias.data) +
-                                       place.group.b * bias.stride[0] +
-                                       (place.group.h * heads + h) * bias.stride[2] +
+                                       place.at.b * bias.stride[0] +
+                                       (place.at.h * heads + h) * bias.stride[2] +
                                        row * bias.stride[3] + place.first + column;
             for (int left = static_cast<int>(a.Q); left > 0; left -= BLOCK, ++turn.count) {
                 Stage &stage = shared.stage[turn.stage()];
@@ -342,7 +325,7 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
     const int team = uniform(static_cast<int>(threadIdx.x) / 128), r = team / GROUPS;
     const int own = team % GROUPS * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
     const int tiles = tiles_of(a.Q, BLOCK) * static_cast<int>(a.H / a.G);
-    const unsigned last = works(a);
+    const unsigned last = Work::count(a, a.K, a.G);
     Turn turn;
     unsigned phase = 0;
     for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
@@ -355,7 +338,7 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
         __syncwarp();
         if (lane() == 0) arrive(&shared.keys_done);
 
-        const Place place(a, work);
+        const Work place(a, a.K, a.G, work);
         const Head at = place.row(r);
         const bool present = at.s < a.S;
         bool alive[2];

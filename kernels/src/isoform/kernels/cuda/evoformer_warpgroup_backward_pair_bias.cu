@@ -47,7 +47,7 @@ template <class T>
 constexpr int pieces_of = sizeof(T) / 16;
 
 // What the block does.
-struct Place {
+struct Part {
     Head at;  // of its first row s
     int64 first_query, first_key;
     int rows, tile, part;
@@ -56,17 +56,17 @@ struct Place {
 struct Shared {
     Stage stage[STAGES];
     uint4 pair_bias[KEY_TILES / 2][MULTIPLYING];  // as it came: of eight logits of a lane
-    Place place;
+    Part place;
     int zero, unused;
     Signal there[STAGES], done[STAGES];
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
 
-__device__ inline Place place_of(const EvoformerArguments &a) {
+__device__ inline Part place_of(const EvoformerArguments &a) {
     const unsigned number =
         a.parts > 1 ? atomicAdd(a.turns + a.pair_bias_tiles, 1) : static_cast<int>(blockIdx.x);
-    Place place;
+    Part place;
     Blocks block = {number};
     place.first_key = block.next(tiles_of(a.K, KEYS)) * KEYS;
     place.first_query = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
@@ -115,7 +115,7 @@ __device__ inline void copy_rows(Columns<SIZE> &tile, const RowCopier<32> &copie
 template <bool cotangents>
 __device__ void copy_queries(const EvoformerArguments &a, Shared &shared) {
     constexpr int WORDS = QUERIES / 32;
-    const Place &place = shared.place;
+    const Part &place = shared.place;
     const Operand &x = cotangents ? a.dout : a.q;
     const int64 stride = x.stride[2], step = x.stride[1], told_step = a.H * a.Q;
     const int rows = uniform(place.rows), left = clamp(a.Q - place.first_query, 0, QUERIES) - lane();
@@ -180,7 +180,7 @@ __device__ void copy_queries(const EvoformerArguments &a, Shared &shared) {
 template <bool values>
 __device__ void copy_keys(const EvoformerArguments &a, Shared &shared) {
     constexpr int WORDS = KEYS / 32;
-    const Place &place = shared.place;
+    const Part &place = shared.place;
     const Operand &x = values ? a.v : a.k;
     const int64 stride = x.stride[2], step = x.stride[1];
     const int rows = uniform(place.rows), keys = clamp(a.K - place.first_key, 0, KEYS);
@@ -368,7 +368,7 @@ __device__ inline void add_carefully(float (*sum)[4], const Products &x, const P
 
 // Adds up what the blocks that share a tile have of a warp's logits, one after the other. Whether this was
 // the last of them.
-__device__ inline bool add_up(const EvoformerArguments &a, const Place &place, Sums &sum) {
+__device__ inline bool add_up(const EvoformerArguments &a, const Part &place, Sums &sum) {
     const int64 warp = static_cast<int64>(place.tile) * WARPS_MULTIPLYING + threadIdx.x / 32;
     int *turn = a.turns + warp;
     if (lane() == 0)
@@ -421,7 +421,7 @@ __device__ inline void store(const EvoformerArguments &a, const Head &at, int64 
 __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
     const int warp = uniform(static_cast<int>(threadIdx.x) / 32), team = warp / 4;
     const int query = team % GROUPS * 64 + warp % 4 * 16, key = team / GROUPS * 64;
-    const Place &place = shared.place;
+    const Part &place = shared.place;
     const int rows = uniform(place.rows);
     const float scale = scale_of(a);
     const bool strange = __any_sync(

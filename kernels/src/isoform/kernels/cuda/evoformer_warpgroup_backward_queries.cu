@@ -24,15 +24,9 @@ extern "C" __global__ void __launch_bounds__(256)
     const int channel = threadIdx.x % LANES * 8;
 
     float delta = 0.0f;
-    if (present && channel < a.D) {
-        const uint4 dO = *reinterpret_cast<const uint4 *>(channels_of(a.dout, at, i) + channel);
-        const uint4 O = *reinterpret_cast<const uint4 *>(channels_of(a.out, at, i) + channel);
-        const auto add = [&](unsigned dy_pair, unsigned y_pair) {
-            const float2 dy = unpack(dy_pair), y = unpack(y_pair);
-            delta += dy.x * y.x + dy.y * y.y;
-        };
-        add(dO.x, O.x), add(dO.y, O.y), add(dO.z, O.z), add(dO.w, O.w);
-    }
+    if (present && channel < a.D)
+        delta = dot(*reinterpret_cast<const uint4 *>(channels_of(a.dout, at, i) + channel),
+                    *reinterpret_cast<const uint4 *>(channels_of(a.out, at, i) + channel));
 #pragma unroll
     for (int distance = 1; distance < LANES; distance *= 2)
         delta += __shfl_xor_sync(ALL_LANES, delta, distance);

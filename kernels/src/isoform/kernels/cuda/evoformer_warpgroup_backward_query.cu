@@ -68,24 +68,7 @@ struct Shared {
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
 
-// Queries from `first` on, of one head, of the rows from at.s on.
-struct Place {
-    Head at;
-    int64 first;
-
-    __device__ Place(const EvoformerArguments &a, unsigned work) {
-        Blocks block = {work};
-        first = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
-        at.h = block.next(a.H), at.s = block.next(tiles_of(a.S, ACROSS)) * ACROSS;
-        at.b = block.rest;
-    }
-
-    __device__ Head row(int r) const { return {at.b, at.s + r, at.h}; }
-};
-
-__device__ inline unsigned works(const EvoformerArguments &a) {
-    return static_cast<unsigned>(a.B * a.H) * tiles_of(a.S, ACROSS) * tiles_of(a.Q, QUERIES);
-}
+using Work = Place<QUERIES, ACROSS>;
 
 // --- The warps that copy -------------------------------------------------------------------------
 //
@@ -93,12 +76,12 @@ __device__ inline unsigned works(const EvoformerArguments &a) {
 // of the same scheduler do not. Where a thread's pieces are in shared memory the compiler knows but for the
 // stage; where they come from is known from the piece before.
 
-__device__ inline bool has_queries(const EvoformerArguments &a, const Place &place, int r) {
+__device__ inline bool has_queries(const EvoformerArguments &a, const Work &place, int r) {
     return place.at.s + r < a.S;
 }
 
 // Copies q and the cotangent, and what is known of the queries.
-__device__ inline void copy_queries(const EvoformerArguments &a, Shared &shared, const Place &place,
+__device__ inline void copy_queries(const EvoformerArguments &a, Shared &shared, const Work &place,
                                     int queries, Target *target) {
     constexpr int EACH = (QUERIES + COPYING - 1) / COPYING;
     const int64 number = number_of(a, place.at, place.first), to_next = a.H * a.Q;
@@ -154,7 +137,7 @@ struct PairBiases {
     const Element *next;
     int queries;
 
-    __device__ void start(const EvoformerArguments &a, const Place &place, int present) {
+    __device__ void start(const EvoformerArguments &a, const Work &place, int present) {
         const Operand &x = a.pair_bias;
         next = static_cast<const Element *>(x.data) + place.at.b * x.stride[0] +
                place.at.h * x.stride[2] + (place.first + row) * x.stride[3] + column;
@@ -194,7 +177,7 @@ struct KeyRowsOf {
     __device__ explicit KeyRowsOf(const EvoformerArguments &a)
         : part(a, lane()), first(copier() / 32 * 16), own(first + lane() % 16) {}
 
-    __device__ void start(const EvoformerArguments &a, const Place &place, int64 group) {
+    __device__ void start(const EvoformerArguments &a, const Work &place, int64 group) {
         const Head at = {place.at.b, place.at.s, group};
         k = part.first(channels_of(a.k, at, first), a.k.stride[2]);
         v = part.first(channels_of(a.v, at, first), a.v.stride[2]);
@@ -264,13 +247,13 @@ struct KeyRowsOf {
 
 // Copies all that the block multiplies, in the order in which it does.
 __device__ void copy(const EvoformerArguments &a, Shared &shared) {
-    const unsigned last = works(a);
+    const unsigned last = Work::count(a, a.Q, a.H);
     const int heads = static_cast<int>(a.H) / static_cast<int>(a.G);  // of a group
     PairBiases biases;
     KeyRowsOf keys(a);
     Turn turn;
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
-        const Place place(a, work);
+        const Work place(a, a.Q, a.H, work);
         const int queries = clamp(a.Q - place.first, 0, QUERIES);
         wait_for(&shared.q_done, 1 - n % 2);
         copy_queries(a, shared, place, queries, shared.target[n % 2]);
@@ -572,7 +555,7 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared) {
     own.corner = {lane() % 16 * static_cast<int>(sizeof(BiasRow)) + lane() / 16 * 16,
                   lane() % 4 * 16};
     const bool by_pairs = in_pairs(a.dq);
-    const unsigned last = works(a);
+    const unsigned last = Work::count(a, a.Q, a.H);
     Turn turn;
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         const auto release = [&] {

@@ -172,25 +172,7 @@ __device__ inline void attend(Running &running, const QueryRows &q, int query, c
     warpgroup_wait();
 }
 
-// --- What a block does ---------------------------------------------------------------------------
-
-// Queries from `first` on, of one head, of the rows from at.s on.
-struct Place {
-    Head at;
-    int64 first;
-
-    __device__ Place(const EvoformerArguments &a, unsigned work) {
-        Blocks block = {work};
-        first = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
-        at.h = block.next(a.H), at.s = block.next(tiles_of(a.S, ROWS)) * ROWS, at.b = block.rest;
-    }
-
-    __device__ Head row(int r) const { return {at.b, at.s + r, at.h}; }
-};
-
-__device__ inline unsigned works(const EvoformerArguments &a) {
-    return static_cast<unsigned>(a.B * a.H) * tiles_of(a.S, ROWS) * tiles_of(a.Q, QUERIES);
-}
+using Work = Place<QUERIES, ROWS>;
 
 // --- The warps that copy -------------------------------------------------------------------------
 
@@ -214,12 +196,12 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Wo
     const int row = copier() / PER_ROW, column = copier() % PER_ROW * 8;  // of the pair bias
     const RowCopier<COPYING> of_queries(a, copier());
     const RowCopier<32> of_keys(a, lane());
-    const unsigned last = works(a);
+    const unsigned last = Work::count(a, a.Q, a.H);
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         if (CAREFUL && !shared.again[n]) continue;
         const int buffer = q_turn.stage();
         wait_for(&shared.q_done[buffer], 1 - q_turn.phase());
-        const Place place(a, work);
+        const Work place(a, a.Q, a.H, work);
         const int queries = clamp(a.Q - place.first, 0, QUERIES);
 #pragma unroll 1
         for (int r = 0; r < ROWS; ++r) {
@@ -335,7 +317,7 @@ __device__ inline void finish(const EvoformerArguments &a, const Running &runnin
 template <bool CAREFUL>
 __device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn, WorkTurn &q_turn) {
     const int query = static_cast<int>(threadIdx.x) / 32 * 16;  // the warp's first in the block
-    const unsigned last = works(a);
+    const unsigned last = Work::count(a, a.Q, a.H);
     const int tiles = tiles_of(a.K, BLOCK);
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         if (CAREFUL && !shared.again[n]) continue;

@@ -60,6 +60,19 @@ __device__ inline unsigned pack(float low, float high) {
 }
 #endif
 
+#if ELEMENT != 0
+// Σ x_e y_e of eight elements each.
+__device__ inline float dot(const uint4 &x, const uint4 &y) {
+    float sum = 0.0f;
+    const auto add = [&](unsigned x_pair, unsigned y_pair) {
+        const float2 a = unpack(x_pair), b = unpack(y_pair);
+        sum += a.x * b.x + a.y * b.y;
+    };
+    add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w);
+    return sum;
+}
+#endif
+
 // --- Instructions: tensor cores and asynchronous copies, sm_80 and newer --------------------------
 //
 // Fragments lie in a warp's registers as the PTX manual draws them. With group = lane / 4 and
