@@ -94,12 +94,8 @@ WHOLE = (
 )
 
 
-def compare_passes(
-    operands: Operands, monkeypatch: pytest.MonkeyPatch, kernel: str = tensor.WHOLE_SOURCE
-) -> list[Launch]:
-    """A Hopper's kernels, ``kernel`` among them, give what those of other GPUs give, up to
-    rounding, and what is not finite exactly. What it launches.
-    """
+def spy_on_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What is launched from now on."""
     launched: list[Launch] = []
     original = emulation.launch_all
 
@@ -107,10 +103,20 @@ def compare_passes(
         launched.extend(launches)
         original(launches, *others)
 
+    monkeypatch.setattr(emulation, "launch_all", spy)
+    return launched
+
+
+def compare_passes(
+    operands: Operands, monkeypatch: pytest.MonkeyPatch, kernel: str = tensor.WHOLE_SOURCE
+) -> list[Launch]:
+    """A Hopper's kernels, ``kernel`` among them, give what those of other GPUs give, up to
+    rounding, and what is not finite exactly. What it launches.
+    """
     given: dict[str, Any] = {name: x for name, x in operands.items() if name != "gate"}
     dout = given.pop("dout")
     two = emulated.evoformer_attention_backward(dout, **given)
-    monkeypatch.setattr(emulation, "launch_all", spy)
+    launched = spy_on_launches(monkeypatch)
     if kernel == tensor.WHOLE_SOURCE:  # warpgroups would do what it does
         monkeypatch.setattr(warpgroup, "BACKWARD", {})
     with emulated.hopper():
@@ -133,34 +139,29 @@ def test_one_pass_gives_what_two_give(name: str, monkeypatch: pytest.MonkeyPatch
     compare_passes(OPERATIONS[case.operation].draw(case), monkeypatch)
 
 
-def test_blocks_share_the_rows_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 32 rows, two do half each, and the second waits for the first."""
-    rng = np.random.default_rng(0)
-    draws = {
+def drawn(rng: np.random.Generator, S: int, Q: int, K: int, H: int, D: int) -> dict[str, Any]:
+    """Operands in float16, with one key/value head."""
+    return {
         name: rng.standard_normal(size).astype(np.float16)
         for name, size in {
-            **dict.fromkeys(("q", "dout"), (1, 32, 9, 1, 16)),
-            **dict.fromkeys(("k", "v"), (1, 32, 20, 1, 16)),
-            "pair_bias": (1, 1, 1, 9, 20),
+            **dict.fromkeys(("q", "dout"), (1, S, Q, H, D)),
+            **dict.fromkeys(("k", "v"), (1, S, K, 1, D)),
+            "pair_bias": (1, 1, H, Q, K),
         }.items()
     }
-    compare_passes(draws, monkeypatch)
+
+
+def test_blocks_share_the_rows_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 rows, two do half each, and the second waits for the first."""
+    compare_passes(drawn(np.random.default_rng(0), 32, 9, 20, 1, 16), monkeypatch)
 
 
 @pytest.mark.parametrize("rows", [32, 48])
 def test_so_do_blocks_of_warpgroups(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two or three, where rows of the pair bias can be copied 16 bytes at a time."""
-    rng = np.random.default_rng(1)
-    draws = {
-        name: rng.standard_normal(size).astype(np.float16)
-        for name, size in {
-            **dict.fromkeys(("q", "dout"), (1, rows, 9, 1, 16)),
-            **dict.fromkeys(("k", "v"), (1, rows, 24, 1, 16)),
-            "pair_bias": (1, 1, 1, 9, 24),
-        }.items()
-    }
     kernel = "evoformer_warpgroup_backward_pair_bias"
-    launched = compare_passes(draws, monkeypatch, kernel)
+    operands = drawn(np.random.default_rng(1), rows, 9, 24, 1, 16)
+    launched = compare_passes(operands, monkeypatch, kernel)
     blocks = {each.blocks for each in launched if each.kernel == kernel}
     assert blocks == {rows // 16}
 
@@ -183,18 +184,11 @@ def gradient_of_q(operands: Operands) -> Operands:
 
 
 @pytest.fixture
-def one_block_of_warpgroups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """As on a Hopper that has one multiprocessor, so that a block does work after work; the kernels
-    that were launched.
+def one_block_of_warpgroups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """As on a Hopper that has one multiprocessor, so that a block does work after work; what was
+    launched.
     """
-    launched: list[str] = []
-    original = emulation.launch_all
-
-    def spy(launches: Any, *others: Any) -> None:
-        launched.extend(one.kernel for one in launches)
-        original(launches, *others)
-
-    monkeypatch.setattr(emulation, "launch_all", spy)
+    launched = spy_on_launches(monkeypatch)
     several = MULTIPROCESSORS.set(1)
     try:
         with emulated.hopper():
@@ -215,16 +209,16 @@ BY_WARPGROUPS = "evoformer_warpgroup_backward_query"
     ],
 )
 def test_warpgroups_give_the_gradient_of_q_that_warps_give(
-    name: str, one_block_of_warpgroups: list[str]
+    name: str, one_block_of_warpgroups: list[Launch]
 ) -> None:
     case = CASES[f"evoformer/{name}"]
     drawn = OPERATIONS[case.operation].draw(case)
     operands = {name: x for name, x in drawn.items() if name != "gate"}
     x = np.asarray(gradient_of_q(operands)["dq"], np.float32)
-    assert BY_WARPGROUPS in one_block_of_warpgroups
+    assert BY_WARPGROUPS in {one.kernel for one in one_block_of_warpgroups}
     with geometries.instead("backward_query", 16, tensor.GEOMETRIES["backward_query"][16]):
         y = np.asarray(gradient_of_q(operands)["dq"], np.float32)
-    assert one_block_of_warpgroups[-1] == "evoformer_tensor_backward_query"
+    assert one_block_of_warpgroups[-1].kernel == "evoformer_tensor_backward_query"
     finite = np.isfinite(y)
     np.testing.assert_array_equal(x[~finite], y[~finite])
     largest = np.abs(y[finite]).max(initial=0.0)
@@ -233,22 +227,15 @@ def test_warpgroups_give_the_gradient_of_q_that_warps_give(
 
 @pytest.mark.parametrize("D", [16, 24, 48])
 def test_the_gradient_of_q_where_queries_take_care(
-    D: int, one_block_of_warpgroups: list[str]
+    D: int, one_block_of_warpgroups: list[Launch]
 ) -> None:
     """Keys that are dropped hold NaN, and so do queries without a key; logits of others are so
     large that their product with log2 e would be rounded too much.
     """
     rng = np.random.default_rng(D)
-    B, S, Q, K, H = 1, 4, 70, 136, 2
-    draws: dict[str, Any] = {
-        name: rng.standard_normal(size).astype(np.float16)
-        for name, size in {
-            **dict.fromkeys(("q", "dout"), (B, S, Q, H, D)),
-            **dict.fromkeys(("k", "v"), (B, S, K, 1, D)),
-            "pair_bias": (B, 1, H, Q, K),
-        }.items()
-    }
-    mask = rng.random((B, S, K)) < 0.7
+    S, K = 4, 136
+    draws = drawn(rng, S, 70, K, 2, D)
+    mask = rng.random((1, S, K)) < 0.7
     mask[0, 1], mask[0, 2, : K // 2] = False, False
     draws["k"][~mask] = draws["v"][~mask] = np.nan
     draws["q"][0, 1] = draws["dout"][0, 1] = np.nan
@@ -256,7 +243,7 @@ def test_the_gradient_of_q_where_queries_take_care(
     draws["pair_bias"][0, 0, 1] = draws["pair_bias"][0, 0, 1] * 8 - 30000
 
     dq = gradient_of_q({**draws, "mask": mask})["dq"].astype(np.float64)
-    assert BY_WARPGROUPS in one_block_of_warpgroups
+    assert BY_WARPGROUPS in {one.kernel for one in one_block_of_warpgroups}
     exact = {name: x.astype(np.float64) for name, x in draws.items()}
     expected = evoformer_attention_backward(exact.pop("dout"), **exact, mask=mask).dq
     nothing = expected == 0.0
