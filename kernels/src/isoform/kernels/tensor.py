@@ -231,7 +231,7 @@ class Grouped:
 GROUPED_SOURCE = "evoformer_warpgroup_forward"
 GROUPED: Mapping[int, tuple[Grouped, ...]] = {
     16: (Grouped(2, 2, 2, 48),),
-    32: (Grouped(4, 2, 1, 64), Grouped(3, 2, 1, 56)),
+    32: (Grouped(4, 2, 1, 64, stages=3), Grouped(3, 2, 1, 56)),
     48: (Grouped(3, 2, 1, 56), Grouped(4, 1, 1, 64)),
 }
 """By head dim, the fastest first, for a GPU of :data:`WARPGROUPS`."""

@@ -266,4 +266,61 @@ struct RowCopier {
             from += AT_ONCE * stride;
         }
     }
+
+    // The same where a row that is wanted has its bit, or `all` are and have all channels: what a copy
+    // takes besides itself is then to know where from.
+    template <int SIZE>
+    __device__ void copy(Columns<SIZE> &tile, const Element *from, int64 stride,
+                         const unsigned (&wanted)[SIZE / 32], bool all) const {
+        static_assert(32 % AT_ONCE == 0, "a thread's rows have the same bits of all words");
+        if (row >= AT_ONCE) return;
+        uint4 *to = &tile.piece[piece][row + unknown_zero()];
+        if (all) {
+#pragma unroll 16
+            for (int i = 0; i < SIZE; i += AT_ONCE) {
+                cp_async_16(to + i, from);
+                from = anew(from + AT_ONCE * stride);
+            }
+            return;
+        }
+#pragma unroll
+        for (int word = 0; word < SIZE / 32; ++word) {
+            const unsigned ours = there ? wanted[word] >> row : 0;
+#pragma unroll
+            for (int i = 0; i < 32; i += AT_ONCE) {
+                cp_async_16(to + 32 * word + i, from, (ours >> i & 1) != 0);
+                from = anew(from + AT_ONCE * stride);
+            }
+        }
+    }
 };
+
+// --- Results ---------------------------------------------------------------------------------------
+
+// Whether pairs of neighbouring channels can be written as 4 bytes.
+__device__ inline bool in_pairs(const Operand &x) {
+    const int64 odd = static_cast<int64>(reinterpret_cast<cuda::std::uintptr_t>(x.data)) / 2 |
+                      x.stride[0] | x.stride[1] | x.stride[2] | x.stride[3];
+    return odd % 2 == 0 && x.stride[4] == 1;
+}
+
+// Writes a lane's channels of one row of x: `of(n, e)` is that of 8 n + 2 (lane % 4) + e.
+template <class Of>
+__device__ inline void store_row(const EvoformerArguments &a, const Operand &x, Element *row,
+                                 bool by_pairs, const Of &of) {
+    const int channels = static_cast<int>(a.D), first = 2 * (lane() % 4) + unknown_zero();
+    if (by_pairs) {
+#pragma unroll
+        for (int n = 0; n < CHANNEL_TILES; ++n)
+            if (8 * n < channels)
+                *reinterpret_cast<unsigned *>(row + first + 8 * n) = pack(of(n, 0), of(n, 1));
+    } else {
+        rarely();
+#pragma unroll
+        for (int n = 0; n < CHANNEL_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (8 * n < channels)
+                    round_to(of(n, e), row + (first + 8 * n + e) * x.stride[4]);
+    }
+}

@@ -19,7 +19,7 @@
 
 constexpr int KEYS = 64 * GROUPS;
 
-static_assert(BLOCK == 64, "two queries a lane of those that copy");
+static_assert(BLOCK == 64 && STAGES > 1, "two queries a lane of those that copy; a tile is released late");
 
 using KeyRows = Columns<KEYS>;
 using QueryRows = Columns<BLOCK>;
@@ -28,8 +28,7 @@ using QueryRows = Columns<BLOCK>;
 struct alignas(16) Queries {
     float shift[BLOCK];
     float4 minus_delta[BLOCK / 2];  // of two queries, twice, as accumulators begin
-    int64 number;                   // of the first
-    unsigned any, careful;          // whether one has a key; whether one takes care
+    uint2 any_careful, unused;      // whether one has a key; whether one takes care
 };
 
 struct Stage {
@@ -50,36 +49,21 @@ using Work = Place<KEYS, ACROSS>;  // of key/value heads
 
 // --- The warps that copy -------------------------------------------------------------------------
 
-// What is known of a lane's two queries of one tile after the other, read ahead.
-struct ToldStream {
-    const Told *next;
-    int left;  // queries, from the lane's first on
-
-    __device__ void read(Told (&told)[2]) {
-#pragma unroll
-        for (int part = 0; part < 2; ++part)
-            told[part] = left > 32 * part ? next[32 * part] : Told{infinity(), 0.0f};
-        next += BLOCK, left -= BLOCK;
-    }
-
-    // The first query of the tile before the next.
-    __device__ int64 number(const EvoformerArguments &a) const {
-        return next - lane() - BLOCK - told_of(a, 0);
-    }
-};
-
-// Copies all that the block multiplies, in the order in which it does. Each of the four warps copies a
-// quarter of k, of v and of the pair bias, and q or ō of every second row s.
-__device__ inline void copy(const EvoformerArguments &a, Shared &shared) {
-    constexpr int PER_ROW = KEYS / 8, ROWS_EACH = (ACROSS + 1) / 2;
-    constexpr int AT_ONCE = PER_ROW == 24 ? 4 : COPYING / PER_ROW;  // a divisor of BLOCK
-    const bool cotangents = copier() / 32 % 2 == 1;
-    const Operand &x = cotangents ? a.dout : a.q;
+// Copies all that the block multiplies, in the order in which it does. Of the four warps, two copy k and q
+// and the others the `second` of both, v and ō, of every second row s. The pair bias is shared by those that
+// have fewer rows.
+template <bool second>
+__device__ void copy(const EvoformerArguments &a, Shared &shared) {
+    constexpr int ROWS_EACH = (ACROSS + 1) / 2, WORDS = KEYS / 32;
+    constexpr int PER_ROW = KEYS / 8, OF_BIAS = ACROSS == 3 ? COPYING / 2 : COPYING;
+    constexpr int AT_ONCE = PER_ROW == 24 ? 4 : OF_BIAS / PER_ROW;  // a divisor of BLOCK
+    const Operand &x = second ? a.dout : a.q, &y = second ? a.v : a.k;
     const int64 stride = x.stride[2];
-    const int row = copier() / PER_ROW, column = copier() % PER_ROW * 8;  // of the pair bias
-    const int first_row = copier() / 64;  // the warp's first row s, of every second
-    const RowCopier<COPYING> of_keys(a, copier());
-    const RowCopier<32> of_queries(a, lane());
+    const int of_bias = copier() - (COPYING - OF_BIAS);
+    const int row = of_bias / PER_ROW, column = of_bias % PER_ROW * 8;
+    const int first_row = copier() / 64;
+    const RowCopier<32> of_rows(a, lane());
+    const bool whole = a.D == HEAD_DIM;
     const int heads = static_cast<int>(a.H / a.G);
     const unsigned last = Work::count(a, a.K, a.G);
     Turn turn;
@@ -87,55 +71,73 @@ __device__ inline void copy(const EvoformerArguments &a, Shared &shared) {
     for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
         const Work place(a, a.K, a.G, work);
         const int keys = clamp(a.K - place.first, 0, KEYS);
+        const int rows = (clamp(a.S - place.at.s, 0, ACROSS) - first_row + 1) / 2;  // of the warp's
+        bool keep[ROWS_EACH][WORDS];  // the lane's of every 32 keys
+#pragma unroll
+        for (int i = 0; i < ROWS_EACH; ++i)
+#pragma unroll
+            for (int word = 0; word < WORDS; ++word) {
+                keep[i][word] = i < rows && kept(a, place.row(first_row + 2 * i), place.first + 32 * word + lane());
+            }
+
         wait_for(&shared.keys_done, 1 - phase);
-#pragma unroll 1
-        for (int r = 0; r < ACROSS; ++r) {
-            const Head at = place.row(r);
-            const bool present = at.s < a.S;
-            const int64 key = place.first + of_keys.row;
-            const auto wanted = [&](int i) { return present && kept(a, at, key + i); };
-            of_keys.copy(shared.k[r], of_keys.first(channels_of(a.k, at, place.first), a.k.stride[2]),
-                         a.k.stride[2], wanted);
-            of_keys.copy(shared.v[r], of_keys.first(channels_of(a.v, at, place.first), a.v.stride[2]),
-                         a.v.stride[2], wanted);
+#pragma unroll
+        for (int i = 0; i < ROWS_EACH; ++i) {
+            const int r = first_row + 2 * i;
+            if (r >= ACROSS) break;
+            unsigned wanted[WORDS], all = ALL_LANES;
+#pragma unroll
+            for (int word = 0; word < WORDS; ++word)
+                all &= wanted[word] = __ballot_sync(ALL_LANES, keep[i][word]);
+            const Element *first = channels_of(y, place.row(r), place.first);
+            of_rows.copy(second ? shared.v[r] : shared.k[r], of_rows.first(first, y.stride[2]),
+                         y.stride[2], wanted, whole && all == ALL_LANES);
         }
         arrive_with_copies(&shared.keys_there);
 
         for (int h = 0; h < heads; ++h) {
-            ToldStream queries[ROWS_EACH];
-            Told told[ROWS_EACH][2];  // of the next tile
-            const Element *from[ROWS_EACH];
+            const Head at = {place.at.b, place.at.s + first_row, place.at.h * heads + h};
+            const Element *from = of_rows.first(channels_of(x, at, 0), stride);
+            const Told *next = told_of(a, number_of(a, at, lane()));
+            Told ahead[ROWS_EACH][2];  // of the lane's two queries of the next tile
+            const auto read = [&](int left) {
 #pragma unroll
-            for (int i = 0; i < ROWS_EACH; ++i) {
-                const int r = first_row + 2 * i;
-                const Head at = {place.at.b, place.at.s + r, place.at.h * heads + h};
-                const bool present = r < ACROSS && at.s < a.S;
-                queries[i] = {told_of(a, number_of(a, at, lane())),
-                              present ? static_cast<int>(a.Q) - lane() : 0};
-                queries[i].read(told[i]);
-                from[i] = of_queries.first(channels_of(x, at, 0), stride);
-            }
+                for (int i = 0; i < ROWS_EACH; ++i)
+#pragma unroll
+                    for (int part = 0; part < 2; ++part)
+                        ahead[i][part] = i < rows && left > 32 * part
+                                            ? next[i * 2 * a.H * a.Q + 32 * part]
+                                            : Told{infinity(), 0.0f};
+                next += BLOCK;
+            };
+            read(static_cast<int>(a.Q) - lane());
             const Operand &bias = a.pair_bias;
             const Element *pair_bias = static_cast<const Element *>(bias.data) +
                                        place.at.b * bias.stride[0] +
                                        (place.at.h * heads + h) * bias.stride[2] +
                                        row * bias.stride[3] + place.first + column;
             for (int left = static_cast<int>(a.Q); left > 0; left -= BLOCK, ++turn.count) {
+                Told told[ROWS_EACH][2];
+#pragma unroll
+                for (int i = 0; i < ROWS_EACH; ++i)
+#pragma unroll
+                    for (int part = 0; part < 2; ++part) told[i][part] = ahead[i][part];
+                read(left - BLOCK - lane());  // and until the next tile it has come
                 Stage &stage = shared.stage[turn.stage()];
                 wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-                if (row < AT_ONCE) {
+                if (of_bias >= 0 && row < AT_ONCE) {
                     BiasRow *to = stage.pair_bias + row;
                     if (keys == KEYS && left >= BLOCK) {
-#pragma unroll 4
+#pragma unroll
                         for (int i = 0; i < BLOCK; i += AT_ONCE) {
                             cp_async_16(to[i] + column, pair_bias);
-                            pair_bias += AT_ONCE * bias.stride[3];
+                            pair_bias = anew(pair_bias + AT_ONCE * bias.stride[3]);
                         }
                     } else {
 #pragma unroll 1
                         for (int i = 0; i < BLOCK; i += AT_ONCE) {
                             cp_async_16(to[i] + column, pair_bias, i + row < left && column < keys);
-                            pair_bias += AT_ONCE * bias.stride[3];
+                            pair_bias = anew(pair_bias + AT_ONCE * bias.stride[3]);
                         }
                     }
                 }
@@ -144,28 +146,26 @@ __device__ inline void copy(const EvoformerArguments &a, Shared &shared) {
                     const int r = first_row + 2 * i;
                     if (r >= ACROSS) break;
                     Queries &of = stage.queries[r];
-                    uint64 alive = 0;
+                    unsigned alive[2];
                     bool careful = false;
 #pragma unroll
                     for (int part = 0; part < 2; ++part) {
                         const Told &one = told[i][part];
-                        alive |= static_cast<uint64>(__ballot_sync(ALL_LANES, !one.dead()))
-                                 << 32 * part;
-                        if (cotangents) continue;
+                        alive[part] = __ballot_sync(ALL_LANES, !one.dead());
+                        if (second) continue;
                         const int j = lane() + 32 * part;
                         of.shift[j] = one.shift;
                         float *start = reinterpret_cast<float *>(&of.minus_delta[j / 2]) + j % 2;
                         start[0] = start[2] = one.minus_delta;
                         careful |= __any_sync(ALL_LANES, one.careful());
                     }
-                    if (!cotangents && lane() == 0)
-                        of.number = queries[i].number(a), of.any = alive != 0, of.careful = careful;
-                    const uint64 ours = alive >> of_queries.row;
-                    of_queries.copy(cotangents ? stage.cotangent[r] : stage.q[r], from[i], stride,
-                                    [=](int j) { return (ours >> j & 1) != 0; });
-                    from[i] += BLOCK * stride;
-                    queries[i].read(told[i]);
+                    if (!second && lane() == 0)
+                        of.any_careful = {alive[0] | alive[1], careful};
+                    of_rows.copy(second ? stage.cotangent[r] : stage.q[r],
+                                 from + i * 2 * x.stride[1], stride, alive,
+                                 whole && (alive[0] & alive[1]) == ALL_LANES);
                 }
+                from += BLOCK * stride;
                 arrive_with_copies(&shared.there[turn.stage()]);
                 arrive(&shared.there[turn.stage()]);
             }
@@ -176,6 +176,10 @@ __device__ inline void copy(const EvoformerArguments &a, Shared &shared) {
 // --- The warps that multiply ---------------------------------------------------------------------
 
 using Logits = float[CHUNK / 8][4];
+
+// Whether sums may be under way while the next logits are. Where they may change their unit, the assembler
+// does not see that they are not under way then.
+constexpr bool LATE = ELEMENT == 2;
 
 // What a warp has of its sixteen keys of one row s, and sums for them: of lane / 4 and lane / 4 + 8.
 struct Own {
@@ -192,39 +196,47 @@ struct Own {
             for (int e = 0; e < 4; ++e) dk[n][e] = dv[n][e] = 0.0f;
     }
 
-    // Adds a tile of queries, in which the warp's keys have the pair bias from `column` on.
-    template <bool CAREFUL>
+    // Adds a tile of queries, of which the first has the `number`, and where the warp's keys have the pair
+    // bias from `column` on; `dp` is as its products begin. When the sums that were under way are done, `before` is called; those of the
+    // last chunk are under way at the end.
+    //
+    // What is in shared memory is fetched while products are under way, which is not seen by the compiler.
+    template <bool CAREFUL, class Before>
     __device__ void add(const EvoformerArguments &a, const QueryRows &q, const QueryRows &cotangent,
-                        const BiasRow *pair_bias, int column, const Queries &queries) {
+                        const BiasRow *pair_bias, int column, const Queries &queries, Logits &dp,
+                        int64 number, const Before &before) {
+        Logits s;
 #pragma unroll
         for (int first = 0; first < BLOCK; first += CHUNK) {
-            Logits s, dp;
-#pragma unroll
-            for (int n = 0; n < CHUNK / 8; ++n) {
-                const float4 x = queries.minus_delta[first / 2 + 4 * n + lane() % 4];
-                dp[n][0] = x.x, dp[n][1] = x.y, dp[n][2] = x.z, dp[n][3] = x.w;
-            }
             warpgroup_begin();
             multiply_rows(s, k, q, first);
             multiply_rows(dp, v, cotangent, first, true);
             warpgroup_commit();
+            if (LATE) warpgroup_wait<1>();
+            if (first == 0) before();
+            unsigned biases[CHUNK / 16][4];
+            float2 shifts[CHUNK / 8];
+            fetch_biases(biases, pair_bias + first, column);
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n)
+                shifts[n] = *reinterpret_cast<const float2 *>(queries.shift + first + 8 * n +
+                                                              2 * (lane() % 4));
             warpgroup_wait();
-
-            add_biases(s, pair_bias + first, column, a.scale);
+            warpgroup_results(s), warpgroup_results(dp);
+            add_biases(s, biases, a.scale);
             unsigned weights[CHUNK / 16][4];
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n) {
                 const int j = first + 8 * n + 2 * (lane() % 4);
-                const float2 shift = *reinterpret_cast<const float2 *>(queries.shift + j);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float at = e % 2 == 0 ? shift.x : shift.y;
+                    const float at = e % 2 == 0 ? shifts[n].x : shifts[n].y;
                     if (!CAREFUL)
                         s[n][e] = exponential<false>(s[n][e], 0.0f, at);
                     else
                         s[n][e] = at == infinity() ? 0.0f
                                                    : weight_carefully(
-                                                         a, queries.number + j + e % 2, s[n][e]);
+                                                         a, number + j + e % 2, s[n][e]);
                     dp[n][e] *= s[n][e];
                 }
 #pragma unroll
@@ -250,25 +262,41 @@ struct Own {
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     gradients[n / 2][n % 2 * 2 + half] = pack(dp[n][2 * half], dp[n][2 * half + 1]);
+            if (first + CHUNK < BLOCK) begin(dp, queries, first + CHUNK);
             warpgroup_begin();
             multiply_columns(dv, weights, cotangent, first);
             multiply_columns(dk, gradients, q, first);
             warpgroup_commit();
-            warpgroup_wait();
+            if (!LATE) warpgroup_wait(), warpgroup_results(dk), warpgroup_results(dv);
         }
     }
 
-    // Products become logits (rule EVO-2), whatever those of a dropped key: its sums are not looked at.
-    __device__ void add_biases(Logits &s, const BiasRow *pair_bias, int column, float scale) const {
+    // Products with the cotangent begin with −δ, of queries from `first` on.
+    __device__ static void begin(Logits &dp, const Queries &queries, int first) {
 #pragma unroll
-        for (int n = 0; n < CHUNK / 8; n += 2) {
-            unsigned pair[4];  // keys, keys + 8; then the next eight queries
-            ldmatrix_x4_trans(pair, pair_bias[8 * n + lane() % 8 + 8 * (lane() / 16)] + column +
-                                        8 * (lane() / 8 % 2));
+        for (int n = 0; n < CHUNK / 8; ++n) {
+            const float4 x = queries.minus_delta[first / 2 + 4 * n + lane() % 4];
+            dp[n][0] = x.x, dp[n][1] = x.y, dp[n][2] = x.z, dp[n][3] = x.w;
+        }
+    }
+
+    // Of sixteen queries each: of keys, keys + 8; then of the next eight queries.
+    __device__ static void fetch_biases(unsigned (&biases)[CHUNK / 16][4], const BiasRow *pair_bias,
+                                        int column) {
+#pragma unroll
+        for (int n = 0; n < CHUNK / 16; ++n)
+            ldmatrix_x4_trans(biases[n], pair_bias[16 * n + lane() % 8 + 8 * (lane() / 16)] + column +
+                                             8 * (lane() / 8 % 2));
+    }
+
+    // Products become logits (rule EVO-2), whatever those of a dropped key: its sums are not looked at.
+    __device__ void add_biases(Logits &s, const unsigned (&biases)[CHUNK / 16][4], float scale) const {
+#pragma unroll
+        for (int n = 0; n < CHUNK / 16; ++n)
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
-                float *logit = &s[n + part / 2][part % 2 * 2];
-                const float2 add = unpack(pair[part]);
+                float *logit = &s[2 * n + part / 2][part % 2 * 2];
+                const float2 add = unpack(biases[n][part]);
                 if (MASK_BIAS) {
                     logit[0] = fmaf(logit[0], scale, bias[part % 2]) + add.x;
                     logit[1] = fmaf(logit[1], scale, bias[part % 2]) + add.y;
@@ -277,7 +305,6 @@ struct Own {
                     logit[1] = fmaf(logit[1], scale, add.y);
                 }
             }
-        }
     }
 
     // Gradients of logits as float16 can hold them.
@@ -299,48 +326,30 @@ struct Own {
 __device__ inline void store(const EvoformerArguments &a, const Operand &x, const Head &at,
                              int64 first, const float (&sum)[CHANNEL_TILES][4], float scale,
                              const bool (&alive)[2]) {
-    const bool by_twos = aligned(x);
+    const bool by_pairs = in_pairs(x);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int64 j = first + lane() / 4 + 8 * half;
-        if (j >= a.K) continue;
-        Element *target = channels_of(x, at, j);
-#pragma unroll
-        for (int n = 0; n < CHANNEL_TILES; ++n) {
-            const int d = 8 * n + 2 * (lane() % 4);
-            if (8 * n >= static_cast<int>(a.D)) continue;
-            const float low = alive[half] ? sum[n][2 * half] * scale : 0.0f;
-            const float high = alive[half] ? sum[n][2 * half + 1] * scale : 0.0f;
-            if (by_twos)
-                *reinterpret_cast<unsigned *>(target + d) = pack(low, high);
-            else {
-                round_to(low, target + d * x.stride[4]);
-                round_to(high, target + (d + 1) * x.stride[4]);
-            }
-        }
+        if (j < a.K)
+            store_row(a, x, channels_of(x, at, j), by_pairs, [&](int n, int e) {
+                return alive[half] ? sum[n][2 * half + e] * scale : 0.0f;
+            });
     }
 }
 
 __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
     const int team = uniform(static_cast<int>(threadIdx.x) / 128), r = team / GROUPS;
     const int own = team % GROUPS * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
-    const int tiles = tiles_of(a.Q, BLOCK) * static_cast<int>(a.H / a.G);
+    const int tiles = tiles_of(a.Q, BLOCK), all = tiles * static_cast<int>(a.H / a.G);
     const unsigned last = Work::count(a, a.K, a.G);
     Turn turn;
     unsigned phase = 0;
     for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
-        Own sums;
-        sums.start();
-        wait_for(&shared.keys_there, phase);
-        __syncwarp();
-        load_left(sums.k, shared.k[r], own);
-        load_left(sums.v, shared.v[r], own);
-        __syncwarp();
-        if (lane() == 0) arrive(&shared.keys_done);
-
         const Work place(a, a.K, a.G, work);
         const Head at = place.row(r);
         const bool present = at.s < a.S;
+        Own sums;
+        sums.start();
         bool alive[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -348,22 +357,46 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
             alive[half] = present && kept(a, at, j);
             sums.bias[half] = alive[half] ? mask_bias_of(a, at, j) : -infinity();
         }
-        for (int t = 0; t < tiles; ++t, ++turn.count) {
+        wait_for(&shared.keys_there, phase);
+        __syncwarp();
+        load_left(sums.k, shared.k[r], own);
+        load_left(sums.v, shared.v[r], own);
+        __syncwarp();
+        if (lane() == 0) arrive(&shared.keys_done);
+
+        Signal *used = nullptr;  // of the tile before, of which sums may be under way
+        const auto release = [&] {
+            __syncwarp();
+            if (used != nullptr && lane() == 0) arrive(used);
+            used = nullptr;
+        };
+        for (int t = 0; t < all; ++t, ++turn.count) {
             const Stage &stage = shared.stage[uniform(turn.stage())];
             wait_for(&shared.there[turn.stage()], turn.phase());
             __syncwarp();
             const Queries &queries = stage.queries[r];
-            if (queries.any != 0) {
+            const uint2 any_careful = queries.any_careful;
+            Logits dp;  // read with that, needed or not
+            Own::begin(dp, queries, 0);
+            if (any_careful.x != 0) {
                 shared_for_warpgroups();
-                if (queries.careful != 0) {
+                if (any_careful.y != 0) {
                     rarely();
-                    sums.add<true>(a, stage.q[r], stage.cotangent[r], stage.pair_bias, own, queries);
+                    const Head head = {at.b, at.s, at.h * (a.H / a.G) + t / tiles};
+                    sums.add<true>(a, stage.q[r], stage.cotangent[r], stage.pair_bias, own, queries,
+                                   dp, number_of(a, head, t % tiles * BLOCK), release);
                 } else
-                    sums.add<false>(a, stage.q[r], stage.cotangent[r], stage.pair_bias, own, queries);
+                    sums.add<false>(a, stage.q[r], stage.cotangent[r], stage.pair_bias, own, queries,
+                                    dp, 0, release);
+            } else {
+                warpgroup_wait();
+                release();
             }
-            __syncwarp();
-            if (lane() == 0) arrive(&shared.done[turn.stage()]);
+            used = &shared.done[turn.stage()];
         }
+        warpgroup_wait();
+        warpgroup_results(sums.dk), warpgroup_results(sums.dv);
+        release();
         if (!present) continue;
 
         if (a.mask_bias_parts != nullptr) {
@@ -399,7 +432,10 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
 
     if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
         take_fewer_registers<FEWER>();
-        copy(a, shared);
+        if (copier() / 32 % 2 == 0)
+            copy<false>(a, shared);
+        else
+            copy<true>(a, shared);
     } else {
         take_more_registers<MORE>();
         multiply(a, shared);

@@ -57,7 +57,8 @@ struct Shared {
     Stage stage[STAGES];
     uint4 pair_bias[KEY_TILES / 2][MULTIPLYING];  // as it came: of eight logits of a lane
     Part place;
-    int zero, unused;
+    int zero;     // whose readers do not know that it is: see again()
+    int strange;  // a bit for each warp that multiplies: whether it always takes care
     Signal there[STAGES], done[STAGES];
 };
 
@@ -84,31 +85,21 @@ __device__ inline float scale_of(const EvoformerArguments &a) { return no_scale(
 
 // --- The warps that copy -------------------------------------------------------------------------
 
-// Copies rows of which `wanted` has a bit each, zeros elsewhere. `from` is the lane's first piece.
-template <int SIZE>
-__device__ inline void copy_rows(Columns<SIZE> &tile, const RowCopier<32> &copier,
-                                 const Element *from, int64 stride,
-                                 const unsigned (&wanted)[SIZE / 32], bool all) {
-    constexpr int AT_ONCE = RowCopier<32>::AT_ONCE;
-    if (copier.row >= AT_ONCE) return;
-    uint4 *to = &tile.piece[copier.piece][copier.row];
-    if (all) {
-#pragma unroll 16
-        for (int i = 0; i < SIZE; i += AT_ONCE) {
-            cp_async_16(to + i, from);
-            from += AT_ONCE * stride;
-        }
-        return;
-    }
-#pragma unroll
-    for (int word = 0; word < SIZE / 32; ++word) {
-        const unsigned ours = wanted[word] >> copier.row;
-#pragma unroll
-        for (int i = 0; i < 32; i += AT_ONCE) {
-            cp_async_16(to + 32 * word + i, from, copier.there && (ours >> i & 1) != 0);
-            from += AT_ONCE * stride;
-        }
-    }
+// How many rows a warp copies at once.
+constexpr unsigned AT_ONCE = STAGES > 3 ? 2 : 1;
+
+// Says that the warp's part of row `n` is there, when it is but for `pending` rows after it, and products
+// find it: else those who multiply would see to that, each time.
+template <int pending>
+__device__ inline void tell(Shared &shared, unsigned n) {
+    cp_async_wait<pending>();
+    shared_for_warpgroups();
+    __syncwarp();
+    if (lane() == 0) arrive(&shared.there[Turn{n}.stage()]);
+}
+
+__device__ inline void tell_last(Shared &shared, unsigned rows) {
+    for (unsigned n = rows < AT_ONCE ? 0 : rows - AT_ONCE; n < rows; ++n) tell<0>(shared, n);
 }
 
 // One warp copies q of all rows, and says what is told of queries; another copies ō.
@@ -123,25 +114,30 @@ __device__ void copy_queries(const EvoformerArguments &a, Shared &shared) {
     const RowCopier<32> copier(a, lane());
     const Element *from = copier.first(channels_of(x, place.at, place.first_query), stride);
     const Told *next = told_of(a, number_of(a, place.at, place.first_query)) + lane();
-    Told told[WORDS];  // of the next row
+    Told ahead[WORDS];  // of the next row
     const auto read = [&] {
 #pragma unroll
         for (int n = 0; n < WORDS; ++n)
-            told[n] = 32 * n < left ? next[32 * n] : Told{infinity(), 0.0f};
+            ahead[n] = 32 * n < left ? next[32 * n] : Told{infinity(), 0.0f};
         next += told_step;
     };
     if (rows > 0) read();
     Turn turn;
     for (int n = 0; n < rows; ++n, ++turn.count) {
         Stage &stage = shared.stage[turn.stage()];
+        Told told[WORDS];
         unsigned live[WORDS], careful[WORDS];
         bool all = true;
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) told[i] = ahead[i];
+        if (n + 1 < rows) read();  // which has come when it is looked at
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
             live[i] = __ballot_sync(ALL_LANES, !told[i].dead());
             if (!cotangents) careful[i] = __ballot_sync(ALL_LANES, told[i].careful());
             all &= live[i] == ALL_LANES;
         }
+        if (turn.count >= AT_ONCE) tell<AT_ONCE - 1>(shared, turn.count - AT_ONCE);
         wait_for(&shared.done[turn.stage()], 1 - turn.phase());
         if (!cotangents) {
 #pragma unroll
@@ -167,13 +163,12 @@ __device__ void copy_queries(const EvoformerArguments &a, Shared &shared) {
         if (none)
 #pragma unroll
             for (int i = 0; i < WORDS; ++i) live[i] = 0;
-        copy_rows(cotangents ? stage.cotangent : stage.q, copier, from, stride, live,
-                  all && !none && a.D == HEAD_DIM);
-        arrive_with_copies(&shared.there[turn.stage()]);
-        arrive(&shared.there[turn.stage()]);
+        copier.copy(cotangents ? stage.cotangent : stage.q, from, stride, live,
+                    all && !none && a.D == HEAD_DIM);
+        cp_async_commit();
         from += step;
-        if (n + 1 < rows) read();
     }
+    tell_last(shared, turn.count);
 }
 
 // One warp copies k of all rows, and says what the mask and the mask bias say of keys; another copies v.
@@ -196,16 +191,16 @@ __device__ void copy_keys(const EvoformerArguments &a, Shared &shared) {
     const Element *bias = static_cast<const Element *>(a.mask_bias.data) +
                           place.at.b * a.mask_bias.stride[0] + place.at.s * a.mask_bias.stride[1] +
                           (place.first_key + lane()) * a.mask_bias.stride[4];
-    unsigned char keep[WORDS];  // of the next row
-    Element add[WORDS];
+    unsigned char next_keep[WORDS];  // of the next row
+    Element next_add[WORDS];
     const auto read = [&] {
 #pragma unroll
         for (int n = 0; n < WORDS; ++n) {
             const bool present = 32 * n + lane() < keys;
-            keep[n] = present;
-            if (masked && present) keep[n] = mask[32 * n * a.mask.stride[2]];
-            round_to(0.0f, add + n);
-            if (MASK_BIAS && present) add[n] = bias[32 * n * a.mask_bias.stride[4]];
+            next_keep[n] = present;
+            if (masked && present) next_keep[n] = mask[32 * n * a.mask.stride[2]];
+            round_to(0.0f, next_add + n);
+            if (MASK_BIAS && present) next_add[n] = bias[32 * n * a.mask_bias.stride[4]];
         }
         if (masked) mask += a.mask.stride[1];
         if (MASK_BIAS) bias += a.mask_bias.stride[1];
@@ -214,8 +209,13 @@ __device__ void copy_keys(const EvoformerArguments &a, Shared &shared) {
     Turn turn;
     for (int n = 0; n < rows; ++n, ++turn.count) {
         Stage &stage = shared.stage[turn.stage()];
+        unsigned char keep[WORDS];
+        Element add[WORDS];
         unsigned kept[WORDS], unlike[WORDS];
         bool all = true;
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) keep[i] = next_keep[i], add[i] = next_add[i];
+        if (n + 1 < rows) read();
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
             const bool there = keep[i] != 0, present = 32 * i + lane() < keys;
@@ -224,6 +224,7 @@ __device__ void copy_keys(const EvoformerArguments &a, Shared &shared) {
                 ALL_LANES, present && !(there && (!MASK_BIAS || to_float(add[i]) == 0.0f)));
             all &= kept[i] == ALL_LANES;
         }
+        if (turn.count >= AT_ONCE) tell<AT_ONCE - 1>(shared, turn.count - AT_ONCE);
         wait_for(&shared.done[turn.stage()], 1 - turn.phase());
         if (!values) {
 #pragma unroll
@@ -243,12 +244,11 @@ __device__ void copy_keys(const EvoformerArguments &a, Shared &shared) {
                 }
             }
         }
-        copy_rows(values ? stage.v : stage.k, copier, from, stride, kept, all && a.D == HEAD_DIM);
-        arrive_with_copies(&shared.there[turn.stage()]);
-        arrive(&shared.there[turn.stage()]);
+        copier.copy(values ? stage.v : stage.k, from, stride, kept, all && a.D == HEAD_DIM);
+        cp_async_commit();
         from += step;
-        if (n + 1 < rows) read();
     }
+    tell_last(shared, turn.count);
 }
 
 // --- The warps that multiply ---------------------------------------------------------------------
@@ -303,16 +303,30 @@ __device__ inline void widen(Sums &bias, OwnBias kept, int thread) {
         }
 }
 
-// As products begin with a stage's keys from `key` on: with 0 for those who take care, who add biases one
-// after the other.
-__device__ inline void begin(Products &x, const Stage &stage, int key, bool careful, int lane) {
-    const float *start = stage.start + key + 2 * (lane % 4);
+// What is said of how a chunk's products begin; `start` is the lane's first.
+using Starts = float2[CHUNK / 8];
+
+__device__ inline void read(Starts &starts, const float *start) {
 #pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n) {
-        float2 of = {0.0f, 0.0f};
-        if (!careful) of = *reinterpret_cast<const float2 *>(start + 8 * n);
-        x[n][0] = x[n][2] = of.x, x[n][1] = x[n][3] = of.y;
+    for (int n = 0; n < CHUNK / 8; ++n) starts[n] = *reinterpret_cast<const float2 *>(start + 8 * n);
+}
+
+// As products begin: with 0 for those who take care, who add biases one after the other.
+__device__ inline void begin(Products &x, const Starts &starts, bool careful) {
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n)
+        x[n][0] = x[n][2] = starts[n].x, x[n][1] = x[n][3] = starts[n].y;
+    if (careful) {
+        rarely();
+#pragma unroll
+        for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
     }
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[n][e] = anew(x[n][e]);
 }
 
 // Weights of products, which are 0 of a dropped key, and of a query without a key.
@@ -403,9 +417,9 @@ __device__ inline bool add_up(const EvoformerArguments &a, const Part &place, Su
 
 // Writes a warp's sums, of queries from `i` on and keys from `j` on.
 __device__ inline void store(const EvoformerArguments &a, const Head &at, int64 i, int64 j,
-                             const Sums &sum) {
+                             const Sums &sum, unsigned lane) {
     const Operand &x = a.dpair_bias;
-    i += lane() / 4, j += 2 * (lane() % 4);
+    i += lane / 4, j += 2 * (lane % 4);
     Element *to = static_cast<Element *>(x.data) + at.b * x.stride[0] + at.h * x.stride[2] +
                   i * x.stride[3] + j * x.stride[4];
 #pragma unroll
@@ -418,41 +432,47 @@ __device__ inline void store(const EvoformerArguments &a, const Head &at, int64 
         }
 }
 
+// For what is always the same, but has no register all the while, nor what is made of it.
+__device__ inline int again(const int &x) { return *const_cast<const volatile int *>(&x); }
+
 __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
     const int warp = uniform(static_cast<int>(threadIdx.x) / 32), team = warp / 4;
     const int query = team % GROUPS * 64 + warp % 4 * 16, key = team / GROUPS * 64;
     const Part &place = shared.place;
-    const int rows = uniform(place.rows);
-    const float scale = scale_of(a);
-    const bool strange = __any_sync(
-        ALL_LANES, keep_pair_bias(shared.pair_bias, a, place.at, place.first_query + query,
-                                  place.first_key + key));
+    const bool strange = keep_pair_bias(shared.pair_bias, a, place.at, place.first_query + query,
+                                        place.first_key + key);
+    if (__any_sync(ALL_LANES, strange || no_scale(a)) && lane() == 0)
+        atomicAdd(&shared.strange, 1 << warp);
+    __syncwarp();
     const Named<QUERIES> first_q = named_once(shared.stage[0].q);
     const Named<KEYS> first_k = named_once(shared.stage[0].k);
     Sums sum = {}, bias;
     widen(bias, shared.pair_bias, threadIdx.x);
     Turn turn;
-    for (int n = 0; n < rows; ++n, ++turn.count) {
+    for (int rows = place.rows; static_cast<int>(turn.count) < rows; ++turn.count) {
         const Stage &stage = shared.stage[turn.stage()];
+        const unsigned thread = threadIdx.x + again(shared.zero), pair = query / 2 + thread % 32 / 4;
+        const bool always_careful = (again(shared.strange) >> warp & 1) != 0;
         wait_for(&shared.there[turn.stage()], turn.phase());
         __syncwarp();
+        // What is told of the row is read at once, needed or not: read where it is needed, it would be waited
+        // for each time.
         const Kept kept = stage.keys[key / 64];
         Way way = stage.way[query / 16];
+        const float2 shift = stage.shift[pair], minus_delta = stage.minus_delta[pair];
+        const float *start = stage.start + key + 2 * (thread % 4);
+        Starts starts;
+        read(starts, start);
+        if (always_careful && way == QUICKLY) way = CAREFULLY;
         if (way != TEAM_HAS_NONE && kept != NONE_KEPT) {
-            shared_for_warpgroups();
-            if (strange && way == QUICKLY) way = CAREFULLY;
             const int further = turn.stage() * pieces_of<Stage>;
             const Named<QUERIES> q = after(first_q, further), cotangent = after(q, pieces_of<QueryRows>);
             const Named<KEYS> k = after(first_k, further), v = after(k, pieces_of<KeyRows>);
-            const int pair = query / 2 + lane() / 4;
 #pragma unroll
             for (int first = 0; first < 64; first += CHUNK) {
-                // What is rarely needed is computed then, and has no register all the while.
-                const auto thread = [&] {
-                    return static_cast<int>(threadIdx.x) + *const_cast<const volatile int *>(&shared.zero);
-                };
                 Products x, dp;
-                if (kept == SOME_KEPT) begin(x, stage, key + first, way == CAREFULLY, thread());
+                if (first > 0) read(starts, start + first);
+                begin(x, starts, way == CAREFULLY);
                 warpgroup_begin();
                 multiply_rows(x, q, query, k, key + first, kept == SOME_KEPT);
                 warpgroup_commit();
@@ -461,18 +481,19 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
                 if (way == QUICKLY) {
                     warpgroup_wait<1>();
                     warpgroup_results(x);
-                    weigh(x, bias + first / 8, scale, stage.shift[pair]);
+                    weigh(x, bias + first / 8, a.scale, shift);
                     warpgroup_wait();
                     warpgroup_results(dp);
-                    add(sum + first / 8, x, dp, stage.minus_delta[pair]);
+                    add(sum + first / 8, x, dp, minus_delta);
                     continue;
                 }
                 rarely();
                 warpgroup_wait();
                 warpgroup_results(x), warpgroup_results(dp);
                 if (way == CAREFULLY) {
-                    const int now = thread();
-                    const Head at = {place.at.b, place.at.s + n, place.at.h};
+                    // What is rarely needed is computed then, and has no register all the while.
+                    const int now = static_cast<int>(threadIdx.x) + again(shared.zero);
+                    const Head at = {place.at.b, place.at.s + turn.count, place.at.h};
                     const int64 number =
                         number_of(a, at, place.first_query + query + now % 32 / 4);
                     add_carefully(sum + first / 8, x, dp, a, number, stage,
@@ -482,11 +503,13 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
                 }
             }
         }
+        rows = again(place.rows);
         __syncwarp();
-        if (lane() == 0) arrive(&shared.done[turn.stage()]);
+        if (threadIdx.x % 32 == 0) arrive(&shared.done[turn.stage()]);
     }
     if (a.parts == 1 || add_up(a, place, sum))
-        store(a, place.at, place.first_query + query, place.first_key + key, sum);
+        store(a, place.at, place.first_query + query, place.first_key + key, sum,
+              (threadIdx.x + again(shared.zero)) % 32);
 }
 
 extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
@@ -496,10 +519,9 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
 
     if (threadIdx.x == 0) {
         shared.place = place_of(a);
-        shared.zero = 0;
+        shared.zero = shared.strange = 0;
         for (int i = 0; i < STAGES; ++i) {
-            // by each thread that copies twice: with its copies, and with what it has written itself
-            expect(&shared.there[i], 2 * COPYING), expect(&shared.done[i], WARPS_MULTIPLYING);
+            expect(&shared.there[i], COPYING / 32), expect(&shared.done[i], WARPS_MULTIPLYING);
         }
     }
     __syncthreads();

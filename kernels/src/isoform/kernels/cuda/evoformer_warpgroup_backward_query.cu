@@ -394,38 +394,15 @@ __device__ inline void differentiate(Logits &s, const Logits &dp, const Piece &p
 __device__ inline void finish(const EvoformerArguments &a, const Piece &piece, const Target &target,
                               int query, bool by_pairs) {
     const float scale = ELEMENT == 1 ? a.scale * piece.unit : a.scale;
-    const int channels = static_cast<int>(a.D);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const bool alive = !piece.dead(half);
         const int i = query + lane() / 4 + 8 * half + unknown_zero();
         if (i >= target.queries) continue;
-        Element *dq = target.dq + i * a.dq.stride[2];
-        const int first = 2 * (lane() % 4) + unknown_zero();
-        const auto of = [&](int n, int e) { return piece.dq[n][2 * half + e] * scale; };
-        if (by_pairs) {
-#pragma unroll
-            for (int n = 0; n < CHANNEL_TILES; ++n)
-                if (8 * n < channels)
-                    *reinterpret_cast<unsigned *>(dq + first + 8 * n) =
-                        alive ? pack(of(n, 0), of(n, 1)) : 0u;
-        } else {
-            rarely();
-#pragma unroll
-            for (int n = 0; n < CHANNEL_TILES; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    if (8 * n < channels)
-                        round_to(alive ? of(n, e) : 0.0f, dq + (first + 8 * n + e) * a.dq.stride[4]);
-        }
+        store_row(a, a.dq, target.dq + i * a.dq.stride[2], by_pairs, [&](int n, int e) {
+            return alive ? piece.dq[n][2 * half + e] * scale : 0.0f;
+        });
     }
-}
-
-// Whether pairs of neighbouring channels can be written as 4 bytes.
-__device__ inline bool in_pairs(const Operand &x) {
-    const int64 odd = static_cast<int64>(reinterpret_cast<cuda::std::uintptr_t>(x.data)) / 2 |
-                      x.stride[0] | x.stride[1] | x.stride[2] | x.stride[3];
-    return odd % 2 == 0 && x.stride[4] == 1;
 }
 
 // Of which bytes any is set where a key of a chunk is kept.

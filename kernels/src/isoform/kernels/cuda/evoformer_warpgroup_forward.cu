@@ -186,6 +186,39 @@ __device__ inline Target target_of(const EvoformerArguments &a, const Head &at, 
     return {channels_of(a.out, at, first), lse, number, queries};
 }
 
+// A lane's keys of a row s, of each tile one of every 32: read a tile before they are needed, and left as
+// they came, so that nobody waits for them.
+struct LaneKeys {
+    const unsigned char *mask;  // anything where there is none
+    const Element *bias;
+    int left;  // keys, from the lane's first on
+    KeyStream::Raw raw[BLOCK / 32];
+
+    __device__ void start(const EvoformerArguments &a, const Head &at, bool present) {
+        mask = static_cast<const unsigned char *>(a.mask.data) + at.b * a.mask.stride[0] +
+               at.s * a.mask.stride[1] + lane() * a.mask.stride[2];
+        if (MASK_BIAS)
+            bias = static_cast<const Element *>(a.mask_bias.data) + at.b * a.mask_bias.stride[0] +
+                   at.s * a.mask_bias.stride[1] + lane() * a.mask_bias.stride[4];
+        left = present ? static_cast<int>(a.K) - lane() : 0;
+    }
+
+    // The next tile's.
+    __device__ void read(const EvoformerArguments &a) {
+#pragma unroll
+        for (int part = 0; part < BLOCK / 32; ++part) {
+            const bool there = left > 32 * part;
+            raw[part].mask = there;
+            round_to(0.0f, &raw[part].bias);
+            if (there && a.mask.data != nullptr) raw[part].mask = mask[32 * part * a.mask.stride[2]];
+            if (MASK_BIAS && there) raw[part].bias = bias[32 * part * a.mask_bias.stride[4]];
+        }
+        left -= BLOCK;
+        mask += BLOCK * a.mask.stride[2];
+        if (MASK_BIAS) bias += BLOCK * a.mask_bias.stride[4];
+    }
+};
+
 // Copies all that the block multiplies, in the order in which it does. Each of the four warps copies a
 // quarter of q and of the pair bias, and k or v of every second row s.
 template <bool CAREFUL>
@@ -217,19 +250,15 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Wo
         ++q_turn.count;
 
         const Head group = a.H == a.G ? place.at : group_of(a, place.at);
-        KeyStream keys[ROWS_EACH][2];      // the lane's two of a tile
-        KeyStream::Raw raw[ROWS_EACH][2];  // of the next tile
+        LaneKeys keys[ROWS_EACH];
         const Element *from[ROWS_EACH];
         const int first_row = copier() / 64;  // the warp's first row s, of every second
 #pragma unroll
         for (int i = 0; i < ROWS_EACH; ++i) {
             const int r = first_row + 2 * i;
             const bool present = r < ROWS && place.at.s + r < a.S;
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                keys[i][part] = KeyStream(a, place.row(r), present, lane() + 32 * part);
-                raw[i][part] = keys[i][part].read(a);
-            }
+            keys[i].start(a, place.row(r), present);
+            keys[i].read(a);
             from[i] = of_keys.first(
                 channels_of(values ? a.v : a.k, {group.b, group.s + r, group.h}, 0), stride);
         }
@@ -243,10 +272,11 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Wo
             BiasRow *to = stage.pair_bias + row;
             const Element *piece = pair_bias;
             if (queries == QUERIES && left >= BLOCK) {
-#pragma unroll 4
+#pragma unroll
                 for (int i = 0; i < QUERIES; i += AT_ONCE) {
                     cp_async_16(to[i] + column, piece);
-                    piece += AT_ONCE * a.pair_bias.stride[3];
+                    // from the one before, not by a multiple of its own
+                    piece += AT_ONCE * a.pair_bias.stride[3] + unknown_zero();
                 }
             } else {
 #pragma unroll 1
@@ -261,23 +291,22 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Wo
                 const int r = first_row + 2 * i;
                 if (r >= ROWS) break;
                 KeyTile &told = stage.keys[r];
-                uint64 kept = 0;
+                unsigned kept[BLOCK / 32];
+                bool any = false, all = a.D == HEAD_DIM;
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    const bool keep = raw[i][part].mask != 0;
-                    kept |= static_cast<uint64>(__ballot_sync(ALL_LANES, keep)) << 32 * part;
+                for (int part = 0; part < BLOCK / 32; ++part) {
+                    const bool keep = keys[i].raw[part].mask != 0;
+                    kept[part] = __ballot_sync(ALL_LANES, keep);
+                    any |= kept[part] != 0, all &= kept[part] == ALL_LANES;
                     if (values) continue;
                     const int j = lane() + 32 * part;
                     told.choice[j] = keep ? choice_of(j) : DROPPED;
-                    if (MASK_BIAS) told.bias[j] = keep ? to_float(raw[i][part].bias) : -infinity();
+                    if (MASK_BIAS) told.bias[j] = keep ? to_float(keys[i].raw[part].bias) : -infinity();
                 }
-                if (!values && lane() == 0) told.any = kept != 0;
-                const uint64 ours = kept >> of_keys.row;
-                of_keys.copy(values ? stage.v[r] : stage.k[r], from[i], stride,
-                             [=](int j) { return (ours >> j & 1) != 0; });
+                if (!values && lane() == 0) told.any = any;
+                of_keys.copy(values ? stage.v[r] : stage.k[r], from[i], stride, kept, all);
                 from[i] += BLOCK * stride;
-#pragma unroll
-                for (int part = 0; part < 2; ++part) raw[i][part] = keys[i][part].read(a);
+                keys[i].read(a);
             }
             arrive_with_copies(&shared.there[turn.stage()]);
             arrive(&shared.there[turn.stage()]);

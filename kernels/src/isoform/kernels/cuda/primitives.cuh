@@ -86,6 +86,8 @@ __device__ inline float reciprocal_approximate(float x) { return 1.0f / x; }
 __device__ inline void rarely() {}
 __device__ inline int unknown_zero() { return 0; }
 __device__ inline float anew(float x) { return x; }
+template <class T>
+__device__ inline T *anew(T *x) { return x; }
 using SharedAddress = const unsigned char *;
 __device__ inline SharedAddress shared_address(const void *place) {
     return static_cast<SharedAddress>(place);
@@ -356,6 +358,11 @@ __device__ inline int unknown_zero() {
 // The same number, but the compiler is not to know: it is kept, and not computed again where it is needed.
 __device__ inline float anew(float x) {
     asm volatile("" : "+f"(x));
+    return x;
+}
+template <class T>
+__device__ inline T *anew(T *x) {
+    asm volatile("" : "+l"(x));
     return x;
 }
 
