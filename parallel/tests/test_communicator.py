@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import traceback
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from isoform.parallel import communicator
 from isoform.parallel.communicator import (
     CommunicationError,
     DeadlockError,
@@ -142,6 +146,39 @@ def test_messages_keep_their_order(programs, run, world):
 
 def test_what_is_sent_may_be_strided(programs, run, world):
     assert all(run(programs.strided, world))
+
+
+def test_torch_keeps_the_copy_that_is_sent_until_it_is_waited_for(monkeypatch):
+    """PyTorch does not, for NCCL: its allocator knows nothing of memory that came by DLPack."""
+    sent: list[Any] = []
+    under_way: list[weakref.ref[Any]] = []
+
+    def begin(operations: Any) -> list[Any]:
+        under_way.extend(weakref.ref(one.tensor) for one in operations)
+        return [SimpleNamespace(wait=lambda: sent.extend(x().clone() for x in under_way))]
+
+    dist = SimpleNamespace(
+        group=SimpleNamespace(WORLD="all"),
+        is_initialized=lambda: True,
+        get_rank=lambda group: 0,
+        get_world_size=lambda group: 2,
+        get_backend_config=lambda group: "cpu:gloo,cuda:nccl",
+        irecv=None,
+        isend=None,
+        P2POp=lambda call, tensor, **_: SimpleNamespace(tensor=tensor),
+        batch_isend_irecv=begin,
+    )
+    monkeypatch.setattr(torch_distributed, "load", lambda: dist)
+    # tensors, as of a GPU's memory
+    monkeypatch.setattr(communicator, "as_bytes", lambda x: x.reshape(-1).view(torch.uint8))
+    x = torch.arange(12.0).reshape(3, 4)
+    transfer = torch_distributed.TorchCommunicator().exchange([(1, x[:, 1:3])], [])
+    gc.collect()
+    assert [kept() is not None for kept in under_way] == [True]
+    transfer.wait()
+    assert sent[0].view(torch.float32).tolist() == [1, 2, 5, 6, 9, 10]
+    gc.collect()
+    assert [kept() for kept in under_way] == [None]
 
 
 @pytest.mark.mpi

@@ -107,6 +107,18 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch)
     assert found[-1]["kind"] == "step"
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_step_without_a_finite_loss_is_no_time(tmp_path, monkeypatch, loss):
+    def step(trainer: Any, length: int, *_: Any) -> Step:
+        return Step(length, 1.0, (0.0, 0.0, 1.0), 0, 0, loss)
+
+    monkeypatch.setattr(genome.Trainer, "step", step)
+    found = lines(tmp_path, "--part", "step", "--length", "64", code=1)
+    assert found[-1]["kind"] == "failed"
+    assert f"FloatingPointError: tiny, 64 tokens: the loss is {loss}" in found[-1]["why"]
+    assert not any("tokens_per_s" in one for one in found)
+
+
 def test_a_trainer_leaves_nothing():
     """Even where its name still stands: the next one has all the memory."""
     machine = Machine("cpu", 2**30)

@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import sys
@@ -394,7 +395,13 @@ class Benchmark:
         self.machine.tidy()
 
     def line(self, kind: str, c: Configuration, scheme: str, step: Step, **more: Any) -> None:
-        """Write a step down."""
+        """Write a step down.
+
+        Raises:
+            FloatingPointError: Its loss is not finite: what took that time was no training.
+        """
+        if not math.isfinite(step.loss):
+            raise FloatingPointError(f"{c.name}, {step.length} tokens: the loss is {step.loss}")
         flops, best = model_flops(c, step.length), self.machine.peak_rate
         self.write(
             {

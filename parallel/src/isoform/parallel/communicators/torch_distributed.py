@@ -98,6 +98,10 @@ class TorchCommunicator(Communicator):
         def finish() -> None:
             for work in works:
                 work.wait()
+            # Till then NCCL reads what is sent, on a stream of its own. PyTorch would keep that
+            # memory by itself, were it not for DLPack: what came that way its allocator does not
+            # know.
+            operations.clear()
 
         return finish
 
