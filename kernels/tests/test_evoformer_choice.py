@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from isoform.kernels.choice import BY_NAME, EAGER, KERNELS, reasons, select
+from isoform.kernels.choice import BY_NAME, EAGER, KERNELS, LOW_MEMORY, reasons, select
 from isoform.reference.contract import Call, Shape, Unsupported
 
 
@@ -48,6 +48,14 @@ def test_special_kernels_are_taken_eagerly_by_who_asks_for_it():
     assert select(call, only="cuda-tensor-eager") is EAGER
     assert select(call) is not EAGER
     assert "cuda-tensor-eager" not in [kernel.name for kernel in KERNELS]
+
+
+def test_where_memory_is_short_the_passes_that_take_more_are_not_used():
+    call = a_call()
+    assert select(call, low_memory=True) is LOW_MEMORY
+    assert select(a_call("float32"), low_memory=True).name == "cuda-plain"
+    with pytest.raises(Unsupported, match="cuda-tensor: low_memory=True"):
+        select(call, low_memory=True, only="cuda-tensor")
 
 
 def test_a_name_that_there_is_not_is_answered_with_those_there_are():

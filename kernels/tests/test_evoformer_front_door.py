@@ -63,6 +63,7 @@ def test_the_backward_checks_its_cotangent_first():
 def test_explain_names_each_kernel_and_why_it_declines():
     explained = explain(**operands())
     assert list(explained) == ["cuda-tensor", "cuda-plain"]
+    assert list(explain(**operands(), low_memory=True)) == ["cuda-tensor-low-memory", "cuda-plain"]
     assert all(any("device cpu" in reason for reason in why) for why in explained.values())
     assert any("dtype float32" in reason for reason in explained["cuda-tensor"])
     assert not any("dtype" in reason for reason in explained["cuda-plain"])

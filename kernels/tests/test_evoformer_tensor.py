@@ -7,6 +7,7 @@ import pytest
 
 from isoform.kernels import geometries, tensor, warpgroup
 from isoform.kernels.arguments import View
+from isoform.kernels.choice import LOW_MEMORY
 from isoform.kernels.compiler import SOURCES
 from isoform.kernels.emulate import CompilationFailed, HostCompilerUnavailable, check, host_compiler
 from isoform.reference.contract import Shape
@@ -33,8 +34,8 @@ UNGATED = ("q", "k", "v", "mask_bias", "pair_bias")
 
 
 def whole(shape, names=UNGATED, wanted=UNGATED, room=tensor.ROOM, multiprocessors=132, **views):
-    """The backward on a GPU whose blocks may have so much shared memory."""
-    with geometries.of_device("a GPU", room, multiprocessors, "sm_90"):
+    """The backward on a GPU without warpgroups, whose blocks may have so much shared memory."""
+    with geometries.of_device("a GPU", room, multiprocessors, "sm_100"):
         return tensor.backward(shape, "bfloat16", lying(shape, names) | views, wanted)
 
 
@@ -234,9 +235,20 @@ def test_elsewhere_warps_do_that_by_themselves(sizes, how):
     assert kernels(by_warpgroups(shape, {"q"}, **how)) == ["backward_query"]
 
 
-def test_nobody_has_it_who_does_not_ask_for_it():
-    """It was not timed yet."""
-    assert kernels(whole(TRIANGLE, wanted={"q"})) == ["backward_query"]
+@pytest.mark.parametrize(("rows", "by"), [(32, "warpgroup"), (31, "tensor")])
+def test_they_do_it_from_as_many_rows_on_as_was_measured(rows, by):
+    shape = Shape(1, rows, 512, 512, 4, 4, 32)
+    with geometries.of_device("a GPU", tensor.ROOM, 132, "sm_90"):
+        work = tensor.backward(shape, "bfloat16", lying(shape, UNGATED), UNGATED)
+    assert all(f"evoformer_{by}_backward" in launch.kernel for launch in work.launches)
+
+
+def test_they_do_not_where_memory_is_short():
+    """δ is then all that there is for each query."""
+    with geometries.of_device("a GPU", tensor.ROOM, 132, "sm_90"):
+        work = LOW_MEMORY.backward(TRIANGLE, "bfloat16", lying(TRIANGLE, UNGATED), UNGATED)
+    assert not any("warpgroup" in launch.kernel for launch in work.launches)
+    assert work.scratch["delta"] == TRIANGLE.of("lse")
 
 
 # --- The gradient of the pair bias where they do --------------------------------------------------

@@ -28,6 +28,7 @@ class Kernel:
         saved: What the forward leaves for the backward, ``[B, S, H, Q]``: bytes of each number.
             With it the backward reads the output too. Where there is nothing, it computes both
             again.
+        low_memory: It takes no memory but for results, lse, δ and one float32 ``dpair_bias``.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Kernel:
     forward: Pass
     backward: Callable[[Shape, str, Mapping[str, View], Collection[str]], Work]
     saved: Mapping[str, int] = field(default_factory=dict)
+    low_memory: bool = True
 
     def backward_of(self, wanted: Collection[str]) -> Pass:
         """The backward that computes the gradients ``wanted``."""
@@ -48,10 +50,20 @@ KERNELS = (
         tensor.forward,
         tensor.backward,
         saved=tensor.SAVED,
+        low_memory=False,
     ),
     Kernel("cuda-plain", plain.CAPABILITIES, plain.forward, plain.backward),
 )
 """The kernels, the one to be preferred first."""
+
+LOW_MEMORY = Kernel(
+    "cuda-tensor-low-memory",
+    tensor.CAPABILITIES,
+    tensor.forward,
+    tensor.sparingly()(tensor.backward),
+    saved=tensor.SAVED,
+)
+"""As ``cuda-tensor``, without its passes that take 4 bytes more for each query and head."""
 
 EAGER = Kernel(
     "cuda-tensor-eager",
@@ -59,12 +71,13 @@ EAGER = Kernel(
     tensor.eagerly()(tensor.forward),
     tensor.eagerly()(tensor.backward),
     saved=tensor.SAVED,
+    low_memory=False,
 )
 """As ``cuda-tensor``, by the kernels that only some GPUs have wherever those can, not only where
 they are faster. Nobody is given it who does not name it: it is there to be judged, on small cases.
 """
 
-BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, EAGER)}
+BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, LOW_MEMORY, EAGER)}
 
 REMEDIES = {
     "device cpu": "move the operands to a GPU; on a CPU there is isoform.reference",
@@ -72,12 +85,19 @@ REMEDIES = {
 }
 
 
-def select(call: Call, *, deterministic: bool = False, only: str | None = None) -> Kernel:
+def select(
+    call: Call,
+    *,
+    deterministic: bool = False,
+    low_memory: bool = False,
+    only: str | None = None,
+) -> Kernel:
     """The kernel for ``call``, or the one called ``only``.
 
     Args:
         call: What is asked for.
         deterministic: Equal bits from run to run are asked for too.
+        low_memory: And no more memory than cannot be done without.
         only: The name of the one kernel that may do it.
 
     Returns:
@@ -87,8 +107,14 @@ def select(call: Call, *, deterministic: bool = False, only: str | None = None) 
         ValueError: None is called so.
         Unsupported: None does this call.
     """
-    order = KERNELS if only is None else (named(only, BY_NAME),)
-    return first_to_accept(order, lambda one: reasons(one, call, deterministic=deterministic))
+    candidates = order(low_memory=low_memory) if only is None else (named(only, BY_NAME),)
+    asked = {"deterministic": deterministic, "low_memory": low_memory}
+    return first_to_accept(candidates, lambda one: reasons(one, call, **asked))
+
+
+def order(*, low_memory: bool = False) -> tuple[Kernel, ...]:
+    """The kernels that are asked, the one to be preferred first."""
+    return tuple(one if one.low_memory or not low_memory else LOW_MEMORY for one in KERNELS)
 
 
 class Named(Protocol):
@@ -130,14 +156,19 @@ def first_to_accept(
     raise Unsupported(why_not, "isoform.kernels")
 
 
-def reasons(kernel: Kernel, call: Call, *, deterministic: bool = False) -> tuple[str, ...]:
+def reasons(
+    kernel: Kernel, call: Call, *, deterministic: bool = False, low_memory: bool = False
+) -> tuple[str, ...]:
     """Why ``kernel`` declines ``call``, with what can be done about it; empty if it does not.
 
-    With ``deterministic``, equal bits from run to run are asked for too.
+    With ``deterministic``, equal bits from run to run are asked for too; with ``low_memory``, no
+    more memory than cannot be done without.
     """
     found = declined(kernel.capabilities, call)
     if deterministic and not kernel.capabilities.deterministic:
         found.append("deterministic=True")
+    if low_memory and not kernel.low_memory:
+        found.append("low_memory=True")
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from isoform.kernels.choice import KERNELS, Kernel, reasons, select
+from isoform.kernels.choice import Kernel, order, reasons, select
 from isoform.kernels.libraries import is_torch, whereabouts
 from isoform.reference.contract import Call, evoformer_call
 
@@ -28,6 +28,7 @@ def evoformer_attention(
     scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    low_memory: bool = False,
     kernel: str | None = None,
 ) -> Any:
     """Evoformer attention: softmax attention with a mask bias, a shared pair bias and a gate.
@@ -44,6 +45,9 @@ def evoformer_attention(
         scale: Factor of the logits; ``D**-0.5`` by default.
         return_lse: Return the log-sum-exp of the logits too.
         deterministic: Use only kernels that give equal bits for equal calls, gradients included.
+        low_memory: Use only kernels that need no memory but for results, lse, δ and one float32
+            ``dpair_bias``. On a Hopper the faster backward takes 4 bytes more for each query and
+            head.
         kernel: The name of the kernel to use; by default the first that does not decline, as
             :func:`explain` lists them.
 
@@ -64,14 +68,14 @@ def evoformer_attention(
 
     def decide() -> tuple[Call, float, Kernel]:
         call = _call(q, k, v, operands, scale, return_lse)
-        chosen = select(call, deterministic=deterministic, only=kernel)
+        chosen = select(call, deterministic=deterministic, low_memory=low_memory, only=kernel)
         return call, _factor(call, scale), chosen
 
     if is_torch(q):
         from isoform.kernels import torch_library, torch_op
 
         present = (q, k, v, mask, mask_bias, pair_bias, gate)
-        asked = ("evoformer_attention", scale, return_lse, deterministic, kernel)
+        asked = ("evoformer_attention", scale, return_lse, deterministic, low_memory, kernel)
         _, factor, chosen = torch_library.decided(decide, present, *asked)
         out, lse = torch_op.forward(chosen, present, factor, return_lse=return_lse)
     else:
@@ -95,14 +99,15 @@ def evoformer_attention_backward(
     gate: Any = None,
     scale: float | None = None,
     deterministic: bool = False,
+    low_memory: bool = False,
     kernel: str | None = None,
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
     """The gradients of :func:`evoformer_attention` for CuPy arrays; PyTorch has autograd.
 
     Args:
         dout: Gradient of the loss by ``out``, ``[B, S, Q, H, D]``.
-        q, k, v, mask, mask_bias, pair_bias, gate, scale, deterministic, kernel: As in the
-            forward.
+        q, k, v, mask, mask_bias, pair_bias, gate, scale, deterministic, low_memory, kernel: As in
+            the forward.
 
     Returns:
         ``dq, dk, dv, dmask_bias, dpair_bias, dgate``, each in the shape and dtype of its operand,
@@ -119,7 +124,7 @@ def evoformer_attention_backward(
     call = _call(q, k, v, operands, scale)
     _check_cotangent(dout, q)
     factor = _factor(call, scale)
-    chosen = select(call, deterministic=deterministic, only=kernel)
+    chosen = select(call, deterministic=deterministic, low_memory=low_memory, only=kernel)
     from isoform.kernels import cupy_arrays
 
     return cupy_arrays.backward(chosen, call, dout, _present(q, k, v, operands), factor)
@@ -137,12 +142,13 @@ def explain(
     scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    low_memory: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Which kernel :func:`evoformer_attention` would run for this call, and why others decline.
 
     Args:
-        q, k, v, mask, mask_bias, pair_bias, gate, scale, return_lse, deterministic: As in
-            :func:`evoformer_attention`.
+        q, k, v, mask, mask_bias, pair_bias, gate, scale, return_lse, deterministic, low_memory: As
+            in :func:`evoformer_attention`.
 
     Returns:
         By the name of each kernel, every reason why it declines. The first that has none runs.
@@ -152,7 +158,8 @@ def explain(
     """
     operands = {"mask": mask, "mask_bias": mask_bias, "pair_bias": pair_bias, "gate": gate}
     call = _call(q, k, v, operands, scale, return_lse)
-    return {one.name: reasons(one, call, deterministic=deterministic) for one in KERNELS}
+    asked = {"deterministic": deterministic, "low_memory": low_memory}
+    return {one.name: reasons(one, call, **asked) for one in order(low_memory=low_memory)}
 
 
 def _call(

@@ -242,7 +242,7 @@ WARPGROUPS = "sm_90"
 KEYS = 64
 """Of a tile of ``evoformer_warpgroup_forward``."""
 
-MOST_WORKS = 2048
+MOST_WORKS = 1024
 """Tiles of queries that a block of it may do, one after the other: it keeps a byte for each."""
 
 ROWS_OF_CHANNELS = frozenset({"q", "k", "v", "gate", "dout", "out"})
@@ -296,6 +296,16 @@ def eagerly() -> Iterator[None]:
         },
     )
     before = SPECIAL.set(eager)
+    try:
+        yield
+    finally:
+        SPECIAL.reset(before)
+
+
+@contextmanager
+def sparingly() -> Iterator[None]:
+    """While this lasts, no kernels are used that take more memory than others would."""
+    before = SPECIAL.set(replace(SPECIAL.get(), teams={}))
     try:
         yield
     finally:

@@ -65,7 +65,7 @@ class Teams:
     chunk: int
     stages: int = 2
     turns: int = 1
-    least: int = 48
+    least: int = 32
 
 
 BACKWARD: Mapping[int, Mapping[str, Teams]] = {

@@ -19,7 +19,8 @@
 
 constexpr int KEYS = 64 * GROUPS;
 
-static_assert(BLOCK == 64 && STAGES > 1, "two queries a lane of those that copy; a tile is released late");
+static_assert(BLOCK == 64, "two queries a lane of those that copy");
+static_assert(STAGES > 1, "a tile is released when the next has begun");
 
 using KeyRows = Columns<KEYS>;
 using QueryRows = Columns<BLOCK>;
@@ -76,9 +77,9 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared) {
 #pragma unroll
         for (int i = 0; i < ROWS_EACH; ++i)
 #pragma unroll
-            for (int word = 0; word < WORDS; ++word) {
-                keep[i][word] = i < rows && kept(a, place.row(first_row + 2 * i), place.first + 32 * word + lane());
-            }
+            for (int word = 0; word < WORDS; ++word)
+                keep[i][word] = i < rows && kept(a, place.row(first_row + 2 * i),
+                                                 place.first + 32 * word + lane());
 
         wait_for(&shared.keys_done, 1 - phase);
 #pragma unroll
@@ -197,8 +198,8 @@ struct Own {
     }
 
     // Adds a tile of queries, of which the first has the `number`, and where the warp's keys have the pair
-    // bias from `column` on; `dp` is as its products begin. When the sums that were under way are done, `before` is called; those of the
-    // last chunk are under way at the end.
+    // bias from `column` on; `dp` is as its products begin. When the sums that were under way are done,
+    // `before` is called; those of the last chunk are under way at the end.
     //
     // What is in shared memory is fetched while products are under way, which is not seen by the compiler.
     template <bool CAREFUL, class Before>
@@ -234,9 +235,9 @@ struct Own {
                     if (!CAREFUL)
                         s[n][e] = exponential<false>(s[n][e], 0.0f, at);
                     else
-                        s[n][e] = at == infinity() ? 0.0f
-                                                   : weight_carefully(
-                                                         a, number + j + e % 2, s[n][e]);
+                        s[n][e] = at == infinity()
+                                      ? 0.0f
+                                      : weight_carefully(a, number + j + e % 2, s[n][e]);
                     dp[n][e] *= s[n][e];
                 }
 #pragma unroll

@@ -40,7 +40,7 @@ struct Target {
     int64 queries;  // that there are, 0 if the row is not there
 };
 
-constexpr int MOST_WORKS = 2048;  // of a block
+constexpr int MOST_WORKS = 1024;  // of a block
 
 constexpr int WORKS = 2;  // whose queries are there at once: those of the next are copied ahead
 using WorkTurn = InTurn<WORKS>;
