@@ -20,7 +20,7 @@ from isoform.kernels.arguments import EVOFORMER
 from isoform.kernels.choice import select
 from isoform.kernels.emulate import HostCompilerUnavailable, KernelFault, host_compiler
 from isoform.kernels.emulate.program import CUDA
-from isoform.kernels.launch import MULTIPROCESSORS, Launch
+from isoform.kernels.launch import MULTIPROCESSORS, Launch, setting
 from isoform.reference.contract import evoformer_call
 from isoform.reference.numpy import evoformer_attention_backward
 
@@ -189,12 +189,8 @@ def one_block_of_warpgroups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[La
     launched.
     """
     launched = spy_on_launches(monkeypatch)
-    several = MULTIPROCESSORS.set(1)
-    try:
-        with emulated.hopper():
-            yield launched
-    finally:
-        MULTIPROCESSORS.reset(several)
+    with setting(MULTIPROCESSORS, 1), emulated.hopper():
+        yield launched
 
 
 BY_WARPGROUPS = "evoformer_warpgroup_backward_query"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from isoform.kernels import compiler, warpgroup
-from isoform.kernels.launch import MULTIPROCESSORS
+from isoform.kernels.launch import MULTIPROCESSORS, setting
 from isoform.kernels.tensor import (
     GEOMETRIES,
     GROUPED,
@@ -88,22 +88,19 @@ def of_device(name: str, room: int, multiprocessors: int, architecture: str) -> 
         GeometriesError: There is a file, and it cannot be read.
     """
     chosen = file()
-    table = TABLE.set(merged(_for(chosen, name) if chosen else {}))
-    several = MULTIPROCESSORS.set(multiprocessors)
+    table = merged(_for(chosen, name) if chosen else {})
     hopper = architecture == WARPGROUPS
-    special = SPECIAL.set(
-        Special(
-            WHOLE if room >= ROOM else {},
-            GROUPED if hopper else {},
-            warpgroup.BACKWARD if hopper else {},
-        )
+    special = Special(
+        WHOLE if room >= ROOM else {},
+        GROUPED if hopper else {},
+        warpgroup.BACKWARD if hopper else {},
     )
-    try:
+    with (
+        setting(TABLE, table),
+        setting(MULTIPROCESSORS, multiprocessors),
+        setting(SPECIAL, special),
+    ):
         yield
-    finally:
-        SPECIAL.reset(special)
-        MULTIPROCESSORS.reset(several)
-        TABLE.reset(table)
 
 
 @contextmanager
@@ -111,13 +108,9 @@ def instead(name: str, head_dim: int, geometry: Geometry) -> Iterator[None]:
     """While this lasts, one pass is cut by ``geometry`` for one head dim, and passes that have
     geometries do what other kernels would do in their place.
     """
-    table = TABLE.set(merged({name: {head_dim: geometry}}))
-    special = SPECIAL.set(NOTHING_SPECIAL)
-    try:
+    table = merged({name: {head_dim: geometry}})
+    with setting(TABLE, table), setting(SPECIAL, NOTHING_SPECIAL):
         yield
-    finally:
-        SPECIAL.reset(special)
-        TABLE.reset(table)
 
 
 def merged(found: Table) -> Table:

@@ -8,11 +8,12 @@ but for the addresses, and found again by how the operands lie (:func:`prepared`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -55,6 +56,19 @@ class Work:
     launches: tuple[Launch, ...]
     scratch: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     counts: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def setting(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    """While this lasts, the variable has the value."""
+    before = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(before)
 
 
 MULTIPROCESSORS: ContextVar[int] = ContextVar("MULTIPROCESSORS", default=132)

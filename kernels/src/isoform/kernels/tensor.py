@@ -16,7 +16,7 @@ from math import inf, prod
 from isoform.kernels import warpgroup
 from isoform.kernels.arguments import View
 from isoform.kernels.compiler import Define
-from isoform.kernels.launch import MULTIPROCESSORS, Launch, Work
+from isoform.kernels.launch import MULTIPROCESSORS, Launch, Work, setting
 from isoform.kernels.warpgroup import ROWS, Teams
 from isoform.reference.contract import Arithmetic, Capabilities, Shape
 
@@ -295,21 +295,15 @@ def eagerly() -> Iterator[None]:
             for D, passes in now.teams.items()
         },
     )
-    before = SPECIAL.set(eager)
-    try:
+    with setting(SPECIAL, eager):
         yield
-    finally:
-        SPECIAL.reset(before)
 
 
 @contextmanager
 def sparingly() -> Iterator[None]:
     """While this lasts, no kernels are used that take more memory than others would."""
-    before = SPECIAL.set(replace(SPECIAL.get(), teams={}))
-    try:
+    with setting(SPECIAL, replace(SPECIAL.get(), teams={})):
         yield
-    finally:
-        SPECIAL.reset(before)
 
 
 def forward(shape: Shape, dtype: str, operands: Mapping[str, View]) -> Work:

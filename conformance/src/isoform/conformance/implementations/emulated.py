@@ -23,6 +23,7 @@ from isoform.conformance.implementations.emulation import Made, results_of
 from isoform.kernels import tensor, warpgroup
 from isoform.kernels.arguments import EVOFORMER
 from isoform.kernels.choice import Kernel, select
+from isoform.kernels.launch import setting
 from isoform.reference.contract import DIFFERENTIABLE, Call, evoformer_call
 from isoform.reference.numpy.evoformer import Gradients, check_cotangent, resolve_scale
 
@@ -120,12 +121,8 @@ def hopper() -> Iterator[None]:
     those can.
     """
     every = tensor.Special(tensor.WHOLE, tensor.GROUPED, warpgroup.BACKWARD)
-    special = tensor.SPECIAL.set(every)
-    try:
-        with tensor.eagerly():
-            yield
-    finally:
-        tensor.SPECIAL.reset(special)
+    with setting(tensor.SPECIAL, every), tensor.eagerly():
+        yield
 
 
 CUDA_EMULATED = Implementation(

@@ -203,8 +203,6 @@ struct KeyStream {
     const Element *bias;
     int left;  // keys, from the thread's on
 
-    __device__ KeyStream() {}  // which has to be given another before it is read
-
     __device__ KeyStream(const EvoformerArguments &a, const Head &at, bool present, int thread)
         : mask(nullptr), bias(nullptr), left(present ? static_cast<int>(a.K) - thread : 0) {
         if (a.mask.data != nullptr)
