@@ -55,6 +55,9 @@ def kernels(work):
     return [launch.kernel.removeprefix("evoformer_tensor_") for launch in work.launches]
 
 
+MSA = Shape(1, 512, 256, 256, 8, 8, 32)
+
+
 def tiles(length, size):
     return -(-length // size)
 
@@ -80,6 +83,7 @@ def test_every_kernel_of_the_sources_is_launched_and_no_other():
         by_warpgroups(TRIANGLE, {"q"}),
         by_warpgroups(TRIANGLE, {"k", "v", "mask_bias"}),
         by_warpgroups(TRIANGLE, {"pair_bias"}),
+        by_warpgroups(MSA, {"q", "pair_bias"}),
     )
     assert {launch.kernel for work in works for launch in work.launches} == defined
 
@@ -155,8 +159,9 @@ def test_warpgroups_do_the_forward(shape, groups):
     (forward,) = on_hopper(shape).launches
     assert forward.source == forward.kernel == tensor.GROUPED_SOURCE
     assert forward.defines["GROUPS"] == groups
-    assert forward.threads == (128 * groups + 128,)
-    works = tiles(shape.Q, 64 * groups) * tiles(shape.S, forward.defines["ROWS"])
+    rows = forward.defines["ROWS"]
+    assert forward.threads == (128 * (groups * rows // forward.defines["TURNS"] + 1),)
+    works = tiles(shape.Q, 64 * groups) * tiles(shape.S, rows)
     works *= shape.H * shape.B
     assert forward.blocks == min(works, 132 * forward.defines["BLOCKS"])
 
@@ -276,6 +281,49 @@ def test_warpgroups_do_the_gradient_of_the_pair_bias(shape, parts):
     assert work.counts == {"parts": parts, "pair_bias_tiles": 16 * whole}
     shared = {"pair_bias_sums": (whole, 128 * 128), "turns": (16 * whole + 1,)}
     assert work.scratch == {"delta": (*shape.of("lse"), 2)} | (shared if parts > 1 else {})
+
+
+TOGETHER = {
+    "MSA row": (MSA, 4),
+    "triangle 256": (Shape(1, 256, 256, 256, 4, 4, 32), 8),
+    "template": (Shape(4, 256, 256, 256, 4, 4, 16), 2),
+    "not as many keys": (Shape(2, 33, 250, 232, 4, 2, 24), 2),
+}
+
+
+@pytest.mark.parametrize(("shape", "parts"), TOGETHER.values(), ids=TOGETHER)
+def test_one_pass_of_warpgroups_does_q_and_the_pair_bias_where_a_block_has_all_keys(shape, parts):
+    with geometries.of_device("a GPU", tensor.ROOM, 132, "sm_90"):
+        work = tensor.backward(shape, "bfloat16", lying(shape, UNGATED), UNGATED)
+    queries, keys, mask_bias, pairs = work.launches
+    assert queries.kernel == "evoformer_warpgroup_backward_queries"
+    assert keys.kernel == "evoformer_warpgroup_backward_key"
+    assert mask_bias.kernel == "evoformer_warpgroup_backward_mask_bias"
+    assert pairs.source == pairs.kernel == "evoformer_warpgroup_backward_query_pair"
+    assert pairs.threads == (640,)
+    assert pairs.shared_bytes == pairs.defines["SHARED_BYTES"]
+    whole = tiles(shape.Q, 64) * shape.H * shape.B
+    assert pairs.blocks == whole * parts
+    assert work.counts == {"parts": parts, "pair_bias_tiles": 16 * whole}
+
+
+APART = {
+    "more keys": ({"K": 264}, "bfloat16", UNGATED),
+    "too few keys": ({"K": 224}, "bfloat16", UNGATED),
+    "a larger head dim": ({"D": 48}, "bfloat16", UNGATED),
+    "float16": ({}, "float16", UNGATED),
+    "only q": ({}, "bfloat16", {"q", "k", "v", "mask_bias"}),
+}
+
+
+@pytest.mark.parametrize(("sizes", "dtype", "wanted"), APART.values(), ids=APART)
+def test_elsewhere_two_passes_do(sizes, dtype, wanted):
+    shape = Shape(**{axis: getattr(MSA, axis) for axis in "BSQKHGD"} | sizes)
+    with geometries.of_device("a GPU", tensor.ROOM, 132, "sm_90"):
+        work = tensor.backward(shape, dtype, lying(shape, UNGATED), wanted)
+    names = {launch.kernel.removeprefix("evoformer_warpgroup_") for launch in work.launches}
+    assert "backward_query" in names and "backward_query_pair" not in names
+    assert ("backward_pair_bias" in names) == ("pair_bias" in wanted)
 
 
 @pytest.mark.parametrize(("sizes", "how"), NOT_QUERIES.values(), ids=NOT_QUERIES)

@@ -55,7 +55,10 @@ INSTALL = (
 
 SPECIFIC = frozenset(
     f"evoformer_warpgroup_{name}"
-    for name in ("forward", "backward_query", "backward_key", "backward_pair_bias")
+    for name in (
+        *("forward", "backward_query", "backward_key", "backward_pair_bias"),
+        "backward_query_pair",
+    )
 )
 """Sources with instructions that one architecture has and its successors do not: they are compiled
 for ``sm_90a`` where others are for ``sm_90``."""

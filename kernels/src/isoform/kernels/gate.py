@@ -198,11 +198,12 @@ def _grouped() -> Iterator[Variant]:
 
 def _teams() -> Iterator[Variant]:
     """Each pass of the backward by warpgroups, as a model calls it, and in float16 with a mask
-    bias, which takes most registers; and what comes before them.
+    bias, which takes most registers, where it can; and what comes before them.
     """
     for D, passes in warpgroup.BACKWARD.items():
         for name, teams in passes.items():
-            for dtype, mask_bias in (("bfloat16", 0), ("float16", 1)):
+            other = "bfloat16" if name == warpgroup.TOGETHER else "float16"
+            for dtype, mask_bias in (("bfloat16", 0), (other, 1)):
                 chosen = {**PRODUCTION, "GATED": 0, "MASK_BIAS": mask_bias}
                 defines = warpgroup.variant(name, teams, dtype, D, chosen)
                 yield Variant(f"evoformer_warpgroup_{name}", defines, f"{tensor.WARPGROUPS}a")

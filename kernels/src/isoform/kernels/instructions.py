@@ -49,14 +49,16 @@ PRODUCTS = {
     "evoformer_warpgroup_backward_query": 3,
     "evoformer_warpgroup_backward_key": 4,
     "evoformer_warpgroup_backward_pair_bias": 2,
+    "evoformer_warpgroup_backward_query_pair": 6,
     "attention_tensor_forward": 2,
     "attention_tensor_backward_query": 3,
     "attention_tensor_backward_key": 4,
 }
 """How many multiplications by each of the ``HEAD_DIM`` channels a logit takes part in, by source:
 so many logits are done in a loop as its matrix products say. (A loop that has fewer, such as that
-which sums δ before the rest where there is a gate, does more logits than are reckoned.) Other
-sources are not counted.
+which sums δ before the rest where there is a gate, does more logits than are reckoned. In that of
+``evoformer_warpgroup_backward_query_pair`` a team finishes a row in its turn: every fourth time,
+for the logits of four.) Other sources are not counted.
 """
 
 ARCHITECTURES = frozenset({"sm_80", "sm_90", "sm_90a"})

@@ -199,11 +199,12 @@ class Grouped:
     """How ``evoformer_warpgroup_forward`` cuts its work: four warps multiply together.
 
     Attributes:
-        groups: Of a block's queries, how many times 64: so many warpgroups multiply.
-        rows: Rows s that a warp does one after the other with the same tile of the pair bias.
+        groups: Of a block's queries, how many times 64.
+        rows: Rows s of a block, which share a tile of the pair bias.
         blocks: Blocks that are to fit on a multiprocessor at once, which share its registers.
         fewer: Registers of a thread that copies; those that multiply share the rest.
         stages: How many tiles of keys there is room for, which are copied ahead.
+        turns: Rows s that a warp does one after the other.
         least: From how many rows s on it is faster than the other forward.
         padded: How many more queries than the other forward it may compute, beyond those that there
             are, and still be faster.
@@ -214,6 +215,7 @@ class Grouped:
     blocks: int
     fewer: int
     stages: int = 2
+    turns: int = 2
     least: int = 16
     padded: float = 9 / 8
 
@@ -224,15 +226,15 @@ class Grouped:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: a warpgroup more, which copies."""
-        return 2 * self.own + 128
+        """Threads of a block: of those that multiply, and of a warpgroup that copies."""
+        return 128 * (self.groups * self.rows // self.turns + 1)
 
 
 GROUPED_SOURCE = "evoformer_warpgroup_forward"
 GROUPED: Mapping[int, tuple[Grouped, ...]] = {
-    16: (Grouped(2, 2, 2, 48),),
+    16: (Grouped(2, 3, 1, 72, stages=4, turns=1),),
     32: (Grouped(4, 2, 1, 64, stages=3), Grouped(3, 2, 1, 56)),
-    48: (Grouped(3, 2, 1, 56), Grouped(4, 1, 1, 64)),
+    48: (Grouped(3, 2, 1, 56), Grouped(4, 1, 1, 64, turns=1)),
 }
 """By head dim, the fastest first, for a GPU of :data:`WARPGROUPS`."""
 
@@ -282,7 +284,9 @@ blocks share one, each a range of rows."""
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """While this lasts, kernels that only some GPUs have do whatever they can, however small."""
+    """While this lasts, kernels that only some GPUs have do whatever they can, however small. (What
+    one pass of warpgroups can do as well as two, the two do where keys are few.)
+    """
     now = SPECIAL.get()
     eager = Special(
         {D: replace(one, rows=1) for D, one in now.wholes.items()},
@@ -291,7 +295,7 @@ def eagerly() -> Iterator[None]:
             for D, options in now.groups.items()
         },
         {
-            D: {name: replace(one, least=1) for name, one in passes.items()}
+            D: {name: replace(one, least=1, padded=8.0) for name, one in passes.items()}
             for D, passes in now.teams.items()
         },
     )
@@ -407,6 +411,7 @@ def grouped_variant(
         "WARPS": 4 * grouped.groups,
         "GROUPS": grouped.groups,
         "ROWS": grouped.rows,
+        "TURNS": grouped.turns,
         "FEWER": grouped.fewer,
         "STAGES": grouped.stages,
         "BLOCK": KEYS,

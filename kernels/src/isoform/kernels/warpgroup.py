@@ -36,6 +36,13 @@ PASSES: Mapping[str, frozenset[str]] = {
 """Of whose gradients each is. It is a source, ``evoformer_warpgroup_PASS.cu``, and a kernel of the
 same name."""
 
+TOGETHER = "backward_query_pair"
+"""The pass that does what ``backward_query`` and ``backward_pair_bias`` do, with logits that are
+computed once."""
+
+PAIRS = frozenset({"backward_pair_bias", TOGETHER})
+"""Those of which a block owns a tile of the pair bias, for all rows s or a part."""
+
 QUERIES_SOURCE = "evoformer_warpgroup_backward_queries"
 """What comes before all of them. Any GPU could run it."""
 
@@ -56,6 +63,7 @@ class Teams:
         turns: In ``backward_query``, how many of the ``groups`` a team does, one after the other.
         least: From how many rows s on it is faster than the kernels of other GPUs, as was
             measured.
+        padded: How many more keys than there are :data:`TOGETHER` may compute, and still be faster.
     """
 
     groups: int
@@ -66,6 +74,7 @@ class Teams:
     stages: int = 2
     turns: int = 1
     least: int = 32
+    padded: float = 9 / 8
 
 
 BACKWARD: Mapping[int, Mapping[str, Teams]] = {
@@ -73,11 +82,13 @@ BACKWARD: Mapping[int, Mapping[str, Teams]] = {
         "backward_query": Teams(2, 3, 1, 56, 32, stages=3, turns=2),
         "backward_key": Teams(2, 2, 1, 64, 16, stages=3),
         "backward_pair_bias": Teams(2, 2, 1, 64, 32, stages=4),
+        "backward_query_pair": Teams(1, 4, 1, 64, 16, stages=4),
     },
     32: {
         "backward_query": Teams(2, 3, 1, 56, 32, stages=3, turns=2),
         "backward_key": Teams(1, 3, 1, 80, 32, stages=4),
         "backward_pair_bias": Teams(2, 2, 1, 64, 32, stages=4),
+        "backward_query_pair": Teams(1, 4, 1, 64, 16, stages=3),
     },
     48: {
         "backward_query": Teams(2, 2, 1, 56, 32, stages=3, turns=2),
@@ -105,6 +116,8 @@ def backward(
     passes = table.get(room, {})
     able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"]
     needed = [name for name, gradients in PASSES.items() if not gradients.isdisjoint(wanted)]
+    if together(passes, shape, dtype, wanted):
+        needed = [TOGETHER, *(name for name in needed if not PASSES[name] <= {"q", "pair_bias"})]
     if chosen["GATED"] or not able or any(name not in passes for name in needed):
         return None
     if any(passes[name].least > shape.S for name in needed):
@@ -123,8 +136,8 @@ def backward(
         if "mask_bias" in wanted:
             last, scratch["mask_bias_parts"] = add_up_mask_bias(keys, shape)
             launches.append(last)
-    if pairs := ready.get("backward_pair_bias"):
-        teams = passes["backward_pair_bias"]
+    for name in PAIRS & ready.keys():
+        pairs, teams = ready[name], passes[name]
         tiles, warps = pairs.blocks, pairs.blocks * 4 * multiplying(teams)
         parts = parts_of(shape.S, tiles, MULTIPROCESSORS.get() * teams.blocks)
         launches.append(replace(pairs, blocks=tiles * parts))
@@ -133,6 +146,19 @@ def backward(
             scratch["pair_bias_sums"] = (tiles, 64 * teams.groups * 64 * teams.across)
             scratch["turns"] = (warps + 1,)
     return Work(tuple(one for one in launches if one.blocks), scratch, counts)
+
+
+def together(
+    passes: Mapping[str, Teams], shape: Shape, dtype: str, wanted: Collection[str]
+) -> bool:
+    """Whether one pass is to do the gradients of q and of the pair bias: where both are wanted, and
+    a block has all keys, and not many more than there are. (In float16 gradients of logits are
+    rounded in units, of which each team would have its own.)
+    """
+    if TOGETHER not in passes or not {"q", "pair_bias"} <= set(wanted) or dtype != "bfloat16":
+        return False
+    keys = 64 * passes[TOGETHER].across
+    return shape.K <= keys <= passes[TOGETHER].padded * shape.K
 
 
 def add_up_mask_bias(keys: Launch, shape: Shape) -> tuple[Launch, tuple[int, ...]]:
@@ -210,13 +236,16 @@ def shared_bytes(name: str, teams: Teams, room: int, chosen: Mapping[str, int]) 
             queries = 12 * KEYS + 16
             stage = teams.across * (2 * columns(KEYS) + queries) + 2 * KEYS * (own + 8)
             signals = 8 * (2 + 2 * teams.stages)
-        case "backward_pair_bias":
+        case _ if name in PAIRS:
             keys = 64 * teams.across
             kept = 2 * own * keys + 64  # the pair bias, and what the block does
             told = 8 * own + 4 * keys + (4 * keys if chosen["MASK_BIAS"] else 16)
             flags = 12 * teams.across + own // 4
             stage = 2 * columns(own) + 2 * columns(keys) + -(-(told + flags) // 16) * 16
             signals = 8 * 2 * teams.stages
+            if name == TOGETHER:
+                kept += 2 * 2 * keys * own  # gradients of two rows' logits
+                signals += 8 * 2 * 2
         case _:
             raise ValueError(f"there is no pass {name!r}")
     return -(-(kept + teams.stages * stage + signals) // 16) * 16
@@ -253,12 +282,12 @@ def _launch(name: str, teams: Teams, shape: Shape, defines: Mapping[str, Define]
     match name:
         case "backward_query":
             works = -(-shape.Q // own) * rows * shape.H * shape.B
-        case "backward_pair_bias":
+        case _ if name in PAIRS:
             works = -(-shape.Q // own) * -(-shape.K // (64 * teams.across)) * shape.H * shape.B
         case _:
             works = -(-shape.K // own) * rows * shape.G * shape.B
     source = f"evoformer_warpgroup_{name}"
     threads = 128 * (multiplying(teams) + 1)
     at_once = MULTIPROCESSORS.get() * teams.blocks
-    blocks = works if name == "backward_pair_bias" else min(works, at_once)
+    blocks = works if name in PAIRS else min(works, at_once)
     return Launch(source, defines, source, blocks, (threads,), int(defines["SHARED_BYTES"]))

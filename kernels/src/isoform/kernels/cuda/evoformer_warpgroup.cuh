@@ -29,13 +29,13 @@ static_assert((TEAMS * MORE + FEWER) * 128 * BLOCKS <= 65536 && FEWER % 8 == 0 &
 static_assert(M_TILES == 1 && ALIGNED && ALIGNED_BIAS && PAIR_BIAS && !GATED,
               "this is all that these kernels do");
 
-// Rows in columns of pieces, as a team's products read them. Two more in every column: the pieces of two
+// Rows in columns of pieces, as a team's products read them. Two MORE_ROWS in every column: the pieces of two
 // rows that eight threads copy lie in different banks.
-template <int SIZE>
+template <int SIZE, int COUNT = PIECES, int MORE_ROWS = 2>
 struct Columns {
-    uint4 piece[PIECES][SIZE + 2];
+    uint4 piece[COUNT][SIZE + MORE_ROWS];
 
-    static constexpr unsigned PIECE_STEP = 16 * (SIZE + 2);
+    static constexpr unsigned PIECE_STEP = 16 * (SIZE + MORE_ROWS);
 };
 
 // What all lanes have, so that the compiler knows.
@@ -267,24 +267,24 @@ struct RowCopier {
         }
     }
 
-    // The same where a row that is wanted has its bit, or `all` are and have all channels: what a copy
-    // takes besides itself is then to know where from.
-    template <int SIZE>
+    // The same, of the tile's rows from `first` on, where a row that is wanted has its bit, or `all` are and
+    // have all channels: what a copy takes besides itself is then to know where from.
+    template <int SIZE, int WORDS>
     __device__ void copy(Columns<SIZE> &tile, const Element *from, int64 stride,
-                         const unsigned (&wanted)[SIZE / 32], bool all) const {
+                         const unsigned (&wanted)[WORDS], bool all, int first = 0) const {
         static_assert(32 % AT_ONCE == 0, "a thread's rows have the same bits of all words");
         if (row >= AT_ONCE) return;
-        uint4 *to = &tile.piece[piece][row + unknown_zero()];
+        uint4 *to = &tile.piece[piece][first + row + unknown_zero()];
         if (all) {
 #pragma unroll 16
-            for (int i = 0; i < SIZE; i += AT_ONCE) {
+            for (int i = 0; i < 32 * WORDS; i += AT_ONCE) {
                 cp_async_16(to + i, from);
                 from = anew(from + AT_ONCE * stride);
             }
             return;
         }
 #pragma unroll
-        for (int word = 0; word < SIZE / 32; ++word) {
+        for (int word = 0; word < WORDS; ++word) {
             const unsigned ours = there ? wanted[word] >> row : 0;
 #pragma unroll
             for (int i = 0; i < 32; i += AT_ONCE) {

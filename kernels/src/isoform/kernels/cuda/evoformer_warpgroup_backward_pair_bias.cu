@@ -1,57 +1,12 @@
 // Evoformer attention on the tensor cores of Hopper, backward: dpair_bias = Σ over rows s of p (dp − δ).
 //
 // What `evoformer_tensor_backward_pair_bias.cu` computes, with the same logits, where a logit is to cost few
-// instructions. A block owns a tile of queries × keys of one head, each of its teams 64 × 64 of it, whose
-// pair bias and sums stay in registers; the rows s stream by, all of them or a part. Of S = Q Kᵀ and
-// dP = Ō Vᵀ a team has CHUNK keys at a time. What is left of a logit is to widen its pair bias, scale and
-// add, shift, exponentiate, and to add p (dp − δ) to its sum.
+// instructions. The pair bias of a team's logits stays in registers, as do their sums. What is left of a logit
+// is to scale and add, shift, exponentiate, and to add p (dp − δ) to its sum.
 //
-// Products begin with what the mask and the mask bias say of a key, over scale; in rows where they say
-// nothing, with 0, which costs nothing.
-//
-// Where tiles alone do not fill the GPU, a.parts blocks share the rows of one. Their sums are added up in
-// memory, one after the other, warp by warp, so that equal calls give equal bits. A block's number is drawn
-// when it starts: those before it have started too, and none waits for one that cannot run.
-//
-// Defines: as in evoformer_warpgroup.cuh, and GROUPS, ACROSS: queries and keys of a block, in 64; CHUNK.
+// Defines: as in evoformer_warpgroup_backward_pair_bias.cuh.
 
-#define TEAMS (GROUPS * ACROSS)
-#include "evoformer_warpgroup.cuh"
-#include "evoformer_warpgroup_backward.cuh"
-
-constexpr int QUERIES = 64 * GROUPS, KEYS = 64 * ACROSS;
-constexpr int KEY_TILES = 64 / 8;  // of a team
-constexpr int WARPS_MULTIPLYING = 4 * TEAMS;
-
-using QueryRows = Columns<QUERIES>;
-using KeyRows = Columns<KEYS>;
-
-// What a row s says of 64 keys.
-enum Kept : unsigned { NONE_KEPT, SOME_KEPT, ALL_ALIKE };  // the last: all, and there is no mask bias
-
-// What a warp has to do for its queries: those of its team have no keys, or its own; one of them takes care.
-enum Way : unsigned { TEAM_HAS_NONE, WARP_HAS_NONE, QUICKLY, CAREFULLY };
-
-struct Stage {
-    QueryRows q, cotangent;
-    KeyRows k, v;
-    float2 shift[QUERIES / 2], minus_delta[QUERIES / 2];  // of queries r and r + 8 of each sixteen
-    float start[KEYS];                 // as products begin; not written where all keys are alike
-    float bias[MASK_BIAS ? KEYS : 4];  // the mask bias
-    unsigned kept[KEYS / 32];          // a bit for each key
-    Kept keys[ACROSS];                 // of each 64
-    Way way[QUERIES / 16];             // of each warp
-};
-
-template <class T>
-constexpr int pieces_of = sizeof(T) / 16;
-
-// What the block does.
-struct Part {
-    Head at;  // of its first row s
-    int64 first_query, first_key;
-    int rows, tile, part;
-};
+#include "evoformer_warpgroup_backward_pair_bias.cuh"
 
 struct Shared {
     Stage stage[STAGES];
@@ -63,25 +18,6 @@ struct Shared {
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
-
-__device__ inline Part place_of(const EvoformerArguments &a) {
-    const unsigned number =
-        a.parts > 1 ? atomicAdd(a.turns + a.pair_bias_tiles, 1) : static_cast<int>(blockIdx.x);
-    Part place;
-    Blocks block = {number};
-    place.first_key = block.next(tiles_of(a.K, KEYS)) * KEYS;
-    place.first_query = block.next(tiles_of(a.Q, QUERIES)) * QUERIES;
-    place.at.h = block.next(a.H), place.at.b = block.next(a.B);
-    place.part = static_cast<int>(block.rest);
-    place.tile = static_cast<int>(number - block.rest * (gridDim.x / static_cast<unsigned>(a.parts)));
-    place.at.s = a.S * place.part / a.parts;
-    place.rows = static_cast<int>(a.S * (place.part + 1) / a.parts - place.at.s);
-    return place;
-}
-
-// Products begin with biases over scale. A scale of 0 makes queries 0 instead.
-__device__ inline bool no_scale(const EvoformerArguments &a) { return fabsf(a.scale) < 1e-30f; }
-__device__ inline float scale_of(const EvoformerArguments &a) { return no_scale(a) ? 1.0f : a.scale; }
 
 // --- The warps that copy -------------------------------------------------------------------------
 
@@ -253,45 +189,6 @@ __device__ void copy_keys(const EvoformerArguments &a, Shared &shared) {
 
 // --- The warps that multiply ---------------------------------------------------------------------
 
-using Products = float[CHUNK / 8][4];
-using Sums = float[KEY_TILES][4];
-
-// The pair bias as it came: sixteen keys at a time, of which a lane has eight logits', each thread beside the
-// next.
-using OwnBias = const uint4 (*)[MULTIPLYING];
-
-// Puts the pair bias of a lane's logits where it finds it again, of queries from `i` on and keys from `j`
-// on; 0 where there is none. Whether any is NaN or +inf: beside a dropped key's −inf it would not do.
-__device__ inline bool keep_pair_bias(uint4 (*kept)[MULTIPLYING], const EvoformerArguments &a,
-                                      const Head &at, int64 i, int64 j) {
-    const Operand &x = a.pair_bias;
-    i += lane() / 4, j += 2 * (lane() % 4);
-    const Element *from = static_cast<const Element *>(x.data) + at.b * x.stride[0] +
-                          at.h * x.stride[2] + i * x.stride[3] + j;
-    bool strange = false;
-#pragma unroll
-    for (int n = 0; n < KEY_TILES / 2; ++n, from += 16, j += 16) {
-        unsigned pair[4];  // rows, rows + 8; then the next eight keys
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {
-            const int down = part % 2 * 8, right = part / 2 * 8;
-            pair[part] = i + down < a.Q && j + right < a.K
-                             ? *reinterpret_cast<const unsigned *>(from + down * x.stride[3] + right)
-                             : 0u;
-            const float2 y = unpack(pair[part]);
-            strange |= !(y.x < infinity()) || !(y.y < infinity());
-        }
-        kept[n][threadIdx.x] = {pair[0], pair[1], pair[2], pair[3]};
-    }
-    return strange;
-}
-
-// Two of them, of keys 8 n + 2 (lane % 4) and the next, and the lane's upper or lower query.
-__device__ inline float2 kept_pair_bias(OwnBias kept, int thread, int n, int half) {
-    const unsigned *pair = reinterpret_cast<const unsigned *>(&kept[n / 2][thread]);
-    return unpack(pair[n % 2 * 2 + half]);
-}
-
 // All of them, as logits lie. Who takes care needs their registers for a while.
 __device__ inline void widen(Sums &bias, OwnBias kept, int thread) {
 #pragma unroll
@@ -301,32 +198,6 @@ __device__ inline void widen(Sums &bias, OwnBias kept, int thread) {
             const float2 y = kept_pair_bias(kept, thread, n, half);
             bias[n][2 * half] = anew(y.x), bias[n][2 * half + 1] = anew(y.y);
         }
-}
-
-// What is said of how a chunk's products begin; `start` is the lane's first.
-using Starts = float2[CHUNK / 8];
-
-__device__ inline void read(Starts &starts, const float *start) {
-#pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n) starts[n] = *reinterpret_cast<const float2 *>(start + 8 * n);
-}
-
-// As products begin: with 0 for those who take care, who add biases one after the other.
-__device__ inline void begin(Products &x, const Starts &starts, bool careful) {
-#pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n)
-        x[n][0] = x[n][2] = starts[n].x, x[n][1] = x[n][3] = starts[n].y;
-    if (careful) {
-        rarely();
-#pragma unroll
-        for (int n = 0; n < CHUNK / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
-    }
-#pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[n][e] = anew(x[n][e]);
 }
 
 // Weights of products, which are 0 of a dropped key, and of a query without a key.
@@ -348,92 +219,6 @@ __device__ inline void add(float (*sum)[4], const Products &p, const Products &d
         for (int e = 0; e < 4; ++e)
             sum[n][e] = fmaf(p[n][e], dp[n][e] + (e < 2 ? minus_delta.x : minus_delta.y), sum[n][e]);
 }
-
-// Both where something is large or not finite, for query `number` and the eighth after it, and a stage's keys
-// from `key` on. Nothing is added for a query without a key or for a dropped key: beside NaN a factor of 0
-// would not do.
-__device__ inline void add_carefully(float (*sum)[4], const Products &x, const Products &dp,
-                                     const EvoformerArguments &a, int64 number, const Stage &stage,
-                                     int pair, int key, OwnBias pair_bias, int thread) {
-    const float2 shift = stage.shift[pair], minus_delta = stage.minus_delta[pair];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const Told told = {half == 0 ? shift.x : shift.y, half == 0 ? minus_delta.x : minus_delta.y};
-        if (told.dead()) continue;
-        const KeptSoftmax softmax = kept_softmax(a, number + 8 * half);
-        const Query of = finished(softmax.top, softmax.total(), 0.0f);
-#pragma unroll
-        for (int n = 0; n < CHUNK / 8; ++n) {
-            const int j = key + 8 * n + 2 * (thread % 4);
-            const unsigned kept = stage.kept[j / 32] >> j % 32;
-            float2 before = {0.0f, 0.0f};
-            if (MASK_BIAS) before = *reinterpret_cast<const float2 *>(stage.bias + j);
-            const float2 after = kept_pair_bias(pair_bias, thread, n, half);
-            const auto add = [&](int e, float before, float after) {
-                const float logit = fmaf(x[n][e], scale_of(a), before) + after;
-                const float p = exponential<true>(logit, of.top, of.shift) * of.inverse;
-                if ((kept >> e % 2 & 1) != 0)
-                    sum[n][e] = fmaf(p, dp[n][e] + told.minus_delta, sum[n][e]);
-            };
-            add(2 * half, before.x, after.x), add(2 * half + 1, before.y, after.y);
-        }
-    }
-}
-
-// Adds up what the blocks that share a tile have of a warp's logits, one after the other. Whether this was
-// the last of them.
-__device__ inline bool add_up(const EvoformerArguments &a, const Part &place, Sums &sum) {
-    const int64 warp = static_cast<int64>(place.tile) * WARPS_MULTIPLYING + threadIdx.x / 32;
-    int *turn = a.turns + warp;
-    if (lane() == 0)
-        while (atomicAdd(turn, 0) < place.part) {}
-    __syncwarp();
-    __threadfence();
-    // A lane's numbers lie one after the other across the warp.
-    float *whole = a.pair_bias_sums + warp * (16 * 64) + lane();
-    const auto place_of = [=](int n, int e) { return whole + (4 * n + e) * 32; };
-    const bool last = place.part + 1 == a.parts;
-    if (place.part > 0) {
-        Sums before;  // all of them are under way before one is waited for
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) before[n][e] = __ldcg(place_of(n, e));
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum[n][e] += before[n][e];
-    }
-    if (last) return true;
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) *place_of(n, e) = sum[n][e];
-    __threadfence();
-    __syncwarp();
-    if (lane() == 0) atomicAdd(turn, 1);
-    return false;
-}
-
-// Writes a warp's sums, of queries from `i` on and keys from `j` on.
-__device__ inline void store(const EvoformerArguments &a, const Head &at, int64 i, int64 j,
-                             const Sums &sum, unsigned lane) {
-    const Operand &x = a.dpair_bias;
-    i += lane / 4, j += 2 * (lane % 4);
-    Element *to = static_cast<Element *>(x.data) + at.b * x.stride[0] + at.h * x.stride[2] +
-                  i * x.stride[3] + j * x.stride[4];
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int down = e / 2 * 8, right = 8 * n + e % 2;
-            if (i + down < a.Q && j + right < a.K)
-                round_to(sum[n][e], to + down * x.stride[3] + right * x.stride[4]);
-        }
-}
-
-// For what is always the same, but has no register all the while, nor what is made of it.
-__device__ inline int again(const int &x) { return *const_cast<const volatile int *>(&x); }
 
 __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
     const int warp = uniform(static_cast<int>(threadIdx.x) / 32), team = warp / 4;
@@ -496,7 +281,7 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
                     const Head at = {place.at.b, place.at.s + turn.count, place.at.h};
                     const int64 number =
                         number_of(a, at, place.first_query + query + now % 32 / 4);
-                    add_carefully(sum + first / 8, x, dp, a, number, stage,
+                    add_carefully<false>(sum + first / 8, x, dp, a, number, stage,
                                   query / 2 + now % 32 / 4, key + first,
                                   shared.pair_bias + first / 16, now);
                     widen(bias, shared.pair_bias, now);

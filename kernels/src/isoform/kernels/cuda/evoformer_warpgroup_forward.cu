@@ -6,22 +6,23 @@
 // it is (`wgmma`), and what is left of a logit is its softmax: to widen its pair bias and drop its key
 // (one byte permutation does both), scale and add, compare, shift, exponentiate, sum.
 //
-// A block does GROUPS warpgroups of queries, of one head, of ROWS rows s, and then others: there are as
-// many blocks as can be at once. A warp does one row after the other with the same tile of the pair bias,
+// A block does GROUPS times 64 queries, of one head, of ROWS rows s, and then others: there are as many blocks
+// as can be at once. A warp does TURNS of the rows, one after the other, with the same tile of the pair bias,
 // which is read once for all of them. One warpgroup more copies the next tiles meanwhile, and gives its
 // registers to the others: who multiplies issues no copies, and waits for nobody else, warp by warp.
 //
-// Defines, besides those of evoformer_tensor.cuh: GROUPS, ROWS, and FEWER, the registers of a thread that
-// copies. Rows of all operands, and of the pair bias, which must be there, are copied 16 bytes at a time.
+// Defines, besides those of evoformer_tensor.cuh: GROUPS, ROWS, TURNS, and FEWER, the registers of a thread
+// that copies. Rows of all operands, and of the pair bias, which must be there, are copied 16 bytes at a time.
 // M_TILES is 1, BLOCK is 64.
 
-#define TEAMS GROUPS
+#define TEAMS (GROUPS * ROWS / TURNS)
 #include "evoformer_warpgroup.cuh"
 
 constexpr int QUERIES = 64 * GROUPS;
 constexpr int KEY_TILES = BLOCK / 8;
+constexpr int AT_ONCE = ROWS / TURNS;  // rows s that are done at once
 
-static_assert(BLOCK == 64, "as many as a product has");
+static_assert(BLOCK == 64 && ROWS % TURNS == 0, "as many as a product has; teams do as many turns");
 
 using KeyRows = Columns<BLOCK>;
 using QueryRows = Columns<QUERIES>;
@@ -223,7 +224,7 @@ struct LaneKeys {
 // quarter of q and of the pair bias, and k or v of every second row s.
 template <bool CAREFUL>
 __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, WorkTurn &q_turn) {
-    constexpr int PER_ROW = BLOCK / 8, AT_ONCE = COPYING / PER_ROW, ROWS_EACH = (ROWS + 1) / 2;
+    constexpr int PER_ROW = BLOCK / 8, PIECE_ROWS = COPYING / PER_ROW, ROWS_EACH = (ROWS + 1) / 2;
     const bool values = copier() / 32 % 2 == 1;
     const int64 stride = values ? a.v.stride[2] : a.k.stride[2];
     const int row = copier() / PER_ROW, column = copier() % PER_ROW * 8;  // of the pair bias
@@ -273,16 +274,16 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, Wo
             const Element *piece = pair_bias;
             if (queries == QUERIES && left >= BLOCK) {
 #pragma unroll
-                for (int i = 0; i < QUERIES; i += AT_ONCE) {
+                for (int i = 0; i < QUERIES; i += PIECE_ROWS) {
                     cp_async_16(to[i] + column, piece);
                     // from the one before, not by a multiple of its own
-                    piece += AT_ONCE * a.pair_bias.stride[3] + unknown_zero();
+                    piece += PIECE_ROWS * a.pair_bias.stride[3] + unknown_zero();
                 }
             } else {
 #pragma unroll 1
-                for (int i = 0; i < QUERIES; i += AT_ONCE) {
+                for (int i = 0; i < QUERIES; i += PIECE_ROWS) {
                     cp_async_16(to[i] + column, piece, i + row < queries && column < left);
-                    piece += AT_ONCE * a.pair_bias.stride[3];
+                    piece += PIECE_ROWS * a.pair_bias.stride[3];
                 }
             }
             pair_bias += BLOCK;
@@ -345,15 +346,17 @@ __device__ inline void finish(const EvoformerArguments &a, const Running &runnin
 
 template <bool CAREFUL>
 __device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn, WorkTurn &q_turn) {
-    const int query = static_cast<int>(threadIdx.x) / 32 * 16;  // the warp's first in the block
+    const int team = uniform(static_cast<int>(threadIdx.x) / 128), first_row = team % AT_ONCE;
+    const int query =  // the warp's first in the block
+        team / AT_ONCE * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
     const unsigned last = Work::count(a, a.Q, a.H);
     const int tiles = tiles_of(a.K, BLOCK);
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         if (CAREFUL && !shared.again[n]) continue;
-        Running running[ROWS];
-        bool seen[ROWS];  // whether any key is kept
+        Running running[TURNS];
+        bool seen[TURNS];  // whether any key is kept
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) running[r].start(CAREFUL), seen[r] = false;
+        for (int i = 0; i < TURNS; ++i) running[i].start(CAREFUL), seen[i] = false;
 
         const int buffer = q_turn.stage();
         wait_for(&shared.q_there[buffer], q_turn.phase());
@@ -361,15 +364,16 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn
             const Stage &stage = shared.stage[turn.stage()];
             wait_for(&shared.there[turn.stage()], turn.phase());
             __syncwarp();
-            bool any[ROWS];
+            bool any[TURNS];
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) any[r] = stage.keys[r].any != 0;
+            for (int i = 0; i < TURNS; ++i) any[i] = stage.keys[first_row + i * AT_ONCE].any != 0;
             shared_for_warpgroups();
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                if (!any[r]) continue;
-                seen[r] = true;
-                attend<CAREFUL>(running[r], shared.q[buffer][r], query, stage.k[r], stage.v[r],
+            for (int i = 0; i < TURNS; ++i) {
+                if (!any[i]) continue;
+                seen[i] = true;
+                const int r = first_row + i * AT_ONCE;
+                attend<CAREFUL>(running[i], shared.q[buffer][r], query, stage.k[r], stage.v[r],
                                 stage.pair_bias, stage.keys[r], a.scale);
             }
             __syncwarp();
@@ -377,10 +381,10 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn
         }
         bool misfit = false;
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            const Target &target = shared.target[buffer][r];
-            misfit |= seen[r] && running[r].doubtful(target.queries - query);
-            finish(a, running[r], target, query, seen[r]);
+        for (int i = 0; i < TURNS; ++i) {
+            const Target &target = shared.target[buffer][first_row + i * AT_ONCE];
+            misfit |= seen[i] && running[i].doubtful(target.queries - query);
+            finish(a, running[i], target, query, seen[i]);
         }
         __syncwarp();
         if (lane() == 0) arrive(&shared.q_done[buffer]);

@@ -152,6 +152,16 @@ __device__ inline void ldmatrix_x4_trans(unsigned (&matrices)[4], const void *ro
     ldmatrix_x4_trans(matrices, shared_address(row));
 }
 
+#if __CUDA_ARCH__ >= 900
+// Writes what ldmatrix_x4 reads.
+__device__ inline void stmatrix_x4(void *row, const unsigned (&matrices)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                     shared_address(row)),
+                 "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+                 : "memory");
+}
+#endif
+
 // Copies 16 bytes to shared memory, or zeros where they are not wanted, and then reads nothing.
 __device__ inline void cp_async_16(void *shared, const void *global, bool wanted) {
     asm volatile("{ .reg .pred none; setp.eq.s32 none, %2, 0;"
@@ -281,7 +291,7 @@ __device__ inline void shared_for_warpgroups() {
 // For 64 rows of A, and accumulators x of 8 TILES columns, which are the operands X of the instruction:
 //
 // x = A Bᵀ, or x + A Bᵀ, for sixteen columns of both: A in registers, or in shared memory;
-// x += A B for sixteen columns of A, in registers, and sixteen rows of B.
+// x += A B for sixteen columns of A, in registers or in shared memory, and sixteen rows of B.
 #define ISOFORM_MULTIPLY(TILES, WIDTH, X, OPERANDS, N0, N1, N2, N3, N4, N5)                            \
     __device__ inline void warpgroup_multiply_rows(float (&x)[TILES][4], TileName a, TileName b,       \
                                                    bool add) {                                         \
@@ -306,6 +316,12 @@ __device__ inline void shared_for_warpgroups() {
                      " {" X "}, {%" #N0 ",%" #N1 ",%" #N2 ",%" #N3 "}, %" #N4 ", 1, 1, 1, 1;"          \
                      : OPERANDS                                                                        \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.whole()));                    \
+    }                                                                                                  \
+    __device__ inline void warpgroup_multiply_columns(float (&x)[TILES][4], TileName a, TileName b) {  \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16." ISOFORM_TYPES                   \
+                     " {" X "}, %" #N0 ", %" #N1 ", 1, 1, 1, 0, 1;"                                    \
+                     : OPERANDS                                                                        \
+                     : "l"(a.whole()), "l"(b.whole()));                                                \
     }
 #define ISOFORM_X2 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define ISOFORM_X4 ISOFORM_X2 ",%8,%9,%10,%11,%12,%13,%14,%15"
