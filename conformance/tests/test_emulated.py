@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -139,10 +140,12 @@ def test_one_pass_gives_what_two_give(name: str, monkeypatch: pytest.MonkeyPatch
     compare_passes(OPERATIONS[case.operation].draw(case), monkeypatch)
 
 
-def drawn(rng: np.random.Generator, S: int, Q: int, K: int, H: int, D: int) -> dict[str, Any]:
-    """Operands in float16, with one key/value head."""
+def drawn(
+    rng: np.random.Generator, S: int, Q: int, K: int, H: int, D: int, dtype: Any = np.float16
+) -> dict[str, Any]:
+    """Operands with one key/value head."""
     return {
-        name: rng.standard_normal(size).astype(np.float16)
+        name: rng.standard_normal(size).astype(dtype)
         for name, size in {
             **dict.fromkeys(("q", "dout"), (1, S, Q, H, D)),
             **dict.fromkeys(("k", "v"), (1, S, K, 1, D)),
@@ -164,6 +167,19 @@ def test_so_do_blocks_of_warpgroups(rows: int, monkeypatch: pytest.MonkeyPatch) 
     launched = compare_passes(operands, monkeypatch, kernel)
     blocks = {each.blocks for each in launched if each.kernel == kernel}
     assert blocks == {rows // 16}
+
+
+@pytest.mark.parametrize(("S", "K"), [(2, 40), (32, 72), (3, 256)])
+def test_one_pass_of_warpgroups_gives_what_two_give(
+    S: int, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tiles that are not full of keys, of logits so far below 0 that a key which is not there
+    would have an infinite weight, and of rows that two blocks share.
+    """
+    operands = drawn(np.random.default_rng(2), S, 9, K, 2, 16, ml_dtypes.bfloat16)
+    operands["pair_bias"] -= np.asarray(200, ml_dtypes.bfloat16)
+    launched = compare_passes(operands, monkeypatch, f"evoformer_warpgroup_{warpgroup.TOGETHER}")
+    assert not any("backward_pair_bias" in each.kernel for each in launched)
 
 
 # --- The gradient of q by warpgroups --------------------------------------------------------------

@@ -171,11 +171,12 @@ struct KeysOf {
         all = true;
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
-            const bool there = keep[i] != 0, present = 32 * i < keys;
+            const bool there = keep[i] != 0;
             kept[i] = __ballot_sync(ALL_LANES, there);
+            // What is beyond the keys is dropped too: its weights could be infinite, and its k is 0.
             if (!second)
-                unlike[i] = __ballot_sync(
-                    ALL_LANES, present && !(there && (!MASK_BIAS || to_float(add[i]) == 0.0f)));
+                unlike[i] =
+                    __ballot_sync(ALL_LANES, !there || (MASK_BIAS && to_float(add[i]) != 0.0f));
             all &= kept[i] == ALL_LANES;
         }
     }
@@ -187,7 +188,6 @@ struct KeysOf {
                 const int j = first + 32 * i + lane();
                 const float y = to_float(add[i]);
                 if (MASK_BIAS) stage.bias[j] = y;
-                // what is beyond the keys may begin with anything
                 if ((unlike[i / 2 * 2] | unlike[i / 2 * 2 + 1]) != 0)
                     stage.start[j] = keep[i] != 0 ? MASK_BIAS ? y * over : 0.0f : dropped;
                 if (lane() == 0) {
