@@ -82,8 +82,8 @@ RULES: Mapping[str, Rule] = {
         "evoformer/values/*/huge-negative-bias", "lse/pattern out/condition", "mutant-bias-as-mask"
     ),
     "EVO-7": _rule(
-        "evoformer/values/*/large-logits evoformer/values/*/subnormal evoformer/double/* "
-        "evoformer/length-257/*",
+        "evoformer/values/*/large-logits evoformer/values/*/low-logits "
+        "evoformer/values/*/subnormal evoformer/double/* evoformer/length-257/*",
         f"out/condition {BITS}",
         "mutant-fp16-probabilities mutant-bf16-* mutant-overflowing mutant-truncated "
         "mutant-flushed mutant-spiked mutant-fp8-dlogits",

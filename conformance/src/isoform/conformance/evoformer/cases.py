@@ -62,6 +62,7 @@ OFFERED: dict[str, frozenset[str]] = {
 # What each adversarial recipe needs among the operands, and whether gradients are checked.
 ADVERSARIAL: dict[str, tuple[frozenset[str], bool]] = {
     "large-logits": (ALL, True),
+    "low-logits": (ALL, True),
     "one-hot": (frozenset({"mask_bias"}), True),
     "equal-logits": (ALL, True),
     "spread-values": (ALL, True),

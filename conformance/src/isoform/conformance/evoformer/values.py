@@ -55,6 +55,14 @@ def _large_logits(operands: Operands, rng: np.random.Generator, case: Case) -> N
         operands[name] *= 50  # logits of standard normal operands have variance 1
 
 
+def _low_logits(operands: Operands, rng: np.random.Generator, case: Case) -> None:
+    """All keys kept, all logits near −200: exp of them underflows unless the maximum is subtracted
+    first, and the weight of a key beyond the last, whose logit is taken for 0, overflows.
+    """
+    operands["mask"][...] = True
+    operands["pair_bias"] -= 200
+
+
 def _one_hot(operands: Operands, rng: np.random.Generator, case: Case) -> None:
     """Each query looks at one key almost alone: the other probabilities underflow."""
     B, S, Q, K, H, G, D = vars(case.shape).values()
@@ -161,6 +169,7 @@ def _closed_gate(operands: Operands, rng: np.random.Generator, case: Case) -> No
 VALUES: dict[str, Recipe] = {
     "normal": _normal,
     "large-logits": _large_logits,
+    "low-logits": _low_logits,
     "one-hot": _one_hot,
     "equal-logits": _equal_logits,
     "spread-values": _spread_values,
