@@ -8,15 +8,7 @@
 
 #include "evoformer_warpgroup_backward_pair_bias.cuh"
 
-struct Shared {
-    Stage stage[STAGES];
-    uint4 pair_bias[KEY_TILES / 2][MULTIPLYING];  // as it came: of eight logits of a lane
-    Part place;
-    int zero;     // whose readers do not know that it is: see again()
-    int strange;  // a bit for each warp that multiplies: whether it always takes care
-    Signal there[STAGES], done[STAGES];
-};
-
+using Shared = Common;
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
 
 // --- The warps that copy -------------------------------------------------------------------------
@@ -75,27 +67,7 @@ __device__ void copy_queries(const EvoformerArguments &a, Shared &shared) {
         }
         if (turn.count >= AT_ONCE) tell<AT_ONCE - 1>(shared, turn.count - AT_ONCE);
         wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-        if (!cotangents) {
-#pragma unroll
-            for (int i = 0; i < WORDS; ++i) {
-                const int at = 32 * i + lane() / 16 * 16 + lane() % 8 * 2 + lane() / 8 % 2;
-                reinterpret_cast<float *>(stage.shift)[at] = told[i].shift;
-                reinterpret_cast<float *>(stage.minus_delta)[at] = told[i].minus_delta;
-            }
-            unsigned team = 0, warp = 0, care = 0;  // of which the lane says it
-#pragma unroll
-            for (int i = 0; i < QUERIES / 16; ++i)
-                if (lane() == i) {
-                    team = live[i / 4 * 2] | live[i / 4 * 2 + 1];
-                    warp = live[i / 2] >> i % 2 * 16 & 0xffffu;
-                    care = careful[i / 2] >> i % 2 * 16 & 0xffffu;
-                }
-            if (lane() < QUERIES / 16)
-                stage.way[lane()] = care != 0   ? CAREFULLY
-                                    : warp != 0 ? QUICKLY
-                                    : team != 0 ? WARP_HAS_NONE
-                                                : TEAM_HAS_NONE;
-        }
+        if (!cotangents) say(stage, told, live, careful);
         if (none)
 #pragma unroll
             for (int i = 0; i < WORDS; ++i) live[i] = 0;
@@ -162,24 +134,8 @@ __device__ void copy_keys(const EvoformerArguments &a, Shared &shared) {
         }
         if (turn.count >= AT_ONCE) tell<AT_ONCE - 1>(shared, turn.count - AT_ONCE);
         wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-        if (!values) {
-#pragma unroll
-            for (int i = 0; i < WORDS; ++i) {
-                const int j = 32 * i + lane();
-                const float y = to_float(add[i]);
-                if (MASK_BIAS) stage.bias[j] = y;
-                // what is beyond the keys may begin with anything
-                if ((unlike[i / 2 * 2] | unlike[i / 2 * 2 + 1]) != 0)
-                    stage.start[j] = keep[i] != 0 ? MASK_BIAS ? y * over : 0.0f : dropped;
-                if (lane() == 0) {
-                    stage.kept[i] = kept[i];
-                    if (i % 2 == 1)
-                        stage.keys[i / 2] = (kept[i - 1] | kept[i]) == 0       ? NONE_KEPT
-                                            : (unlike[i - 1] | unlike[i]) != 0 ? SOME_KEPT
-                                                                               : ALL_ALIKE;
-                }
-            }
-        }
+        // what is beyond the keys may begin with anything
+        if (!values) say(stage, 0, keep, add, kept, unlike, over, dropped);
         copier.copy(values ? stage.v : stage.k, from, stride, kept, all && a.D == HEAD_DIM);
         cp_async_commit();
         from += step;
@@ -282,8 +238,8 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
                     const int64 number =
                         number_of(a, at, place.first_query + query + now % 32 / 4);
                     add_carefully<false>(sum + first / 8, x, dp, a, number, stage,
-                                  query / 2 + now % 32 / 4, key + first,
-                                  shared.pair_bias + first / 16, now);
+                                         query / 2 + now % 32 / 4, key + first,
+                                         shared.pair_bias + first / 16, now);
                     widen(bias, shared.pair_bias, now);
                 }
             }

@@ -52,6 +52,16 @@ struct Part {
     int rows, tile, part;
 };
 
+// The shared memory of a block.
+struct Common {
+    Stage stage[STAGES];
+    uint4 pair_bias[KEY_TILES / 2][MULTIPLYING];  // as it came: of eight logits of a lane
+    Part place;
+    int zero;     // whose readers do not know that it is: see again()
+    int strange;  // a bit for each warp that multiplies: whether it always takes care
+    Signal there[STAGES], done[STAGES];
+};
+
 __device__ inline Part place_of(const EvoformerArguments &a) {
     const unsigned number =
         a.parts > 1 ? atomicAdd(a.turns + a.pair_bias_tiles, 1) : static_cast<int>(blockIdx.x);
@@ -70,6 +80,59 @@ __device__ inline Part place_of(const EvoformerArguments &a) {
 // Products begin with biases over scale. A scale of 0 makes queries 0 instead.
 __device__ inline bool no_scale(const EvoformerArguments &a) { return fabsf(a.scale) < 1e-30f; }
 __device__ inline float scale_of(const EvoformerArguments &a) { return no_scale(a) ? 1.0f : a.scale; }
+
+// --- What is told, by the warps that copy ---------------------------------------------------------
+
+constexpr int QUERY_WORDS = QUERIES / 32;
+
+// Says what is told of the queries of a row s, of 32 times each that of the lane's; `live` and `careful` have a
+// bit for each.
+__device__ inline void say(Stage &stage, const Told (&told)[QUERY_WORDS],
+                           const unsigned (&live)[QUERY_WORDS], const unsigned (&careful)[QUERY_WORDS]) {
+#pragma unroll
+    for (int i = 0; i < QUERY_WORDS; ++i) {
+        const int at = 32 * i + lane() / 16 * 16 + lane() % 8 * 2 + lane() / 8 % 2;
+        reinterpret_cast<float *>(stage.shift)[at] = told[i].shift;
+        reinterpret_cast<float *>(stage.minus_delta)[at] = told[i].minus_delta;
+    }
+    unsigned team = 0, warp = 0, care = 0;  // of which the lane says it
+#pragma unroll
+    for (int i = 0; i < QUERIES / 16; ++i)
+        if (lane() == i) {
+            team = live[i / 4 * 2] | live[i / 4 * 2 + 1];
+            warp = live[i / 2] >> i % 2 * 16 & 0xffffu;
+            care = careful[i / 2] >> i % 2 * 16 & 0xffffu;
+        }
+    if (lane() < QUERIES / 16)
+        stage.way[lane()] = care != 0   ? CAREFULLY
+                            : warp != 0 ? QUICKLY
+                            : team != 0 ? WARP_HAS_NONE
+                                        : TEAM_HAS_NONE;
+}
+
+// Says what the mask and the mask bias say of keys of a row s, from `first` of the block on, likewise; `unlike`
+// has a bit for each that does not begin with 0. Products begin with the mask bias times `over`, or as
+// `dropped` ones do.
+template <int WORDS>
+__device__ inline void say(Stage &stage, int first, const unsigned char (&keep)[WORDS],
+                           const Element (&add)[WORDS], const unsigned (&kept)[WORDS],
+                           const unsigned (&unlike)[WORDS], float over, float dropped) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+        const int j = first + 32 * i + lane();
+        const float y = to_float(add[i]);
+        if (MASK_BIAS) stage.bias[j] = y;
+        if ((unlike[i / 2 * 2] | unlike[i / 2 * 2 + 1]) != 0)
+            stage.start[j] = keep[i] != 0 ? MASK_BIAS ? y * over : 0.0f : dropped;
+        if (lane() == 0) {
+            stage.kept[first / 32 + i] = kept[i];
+            if (i % 2 == 1)
+                stage.keys[first / 64 + i / 2] = (kept[i - 1] | kept[i]) == 0       ? NONE_KEPT
+                                                 : (unlike[i - 1] | unlike[i]) != 0 ? SOME_KEPT
+                                                                                    : ALL_ALIKE;
+        }
+    }
+}
 
 // --- The warps that multiply ---------------------------------------------------------------------
 

@@ -23,13 +23,7 @@ struct Rounded {
     Signal there[ROUNDED], done[ROUNDED];
 };
 
-struct Shared {
-    Stage stage[STAGES];
-    uint4 pair_bias[KEY_TILES / 2][MULTIPLYING];  // as it came: of eight logits of a lane
-    Part place;
-    int zero;     // whose readers do not know that it is: see again()
-    int strange;  // a bit for each warp that multiplies: whether it always takes care
-    Signal there[STAGES], done[STAGES];
+struct Shared : Common {
     Rounded rounded;
 };
 
@@ -86,27 +80,7 @@ struct QueriesOf {
     }
 
     __device__ void copy(const EvoformerArguments &a, Stage &stage) {
-        if (!second && first == 0) {
-#pragma unroll
-            for (int i = 0; i < WORDS; ++i) {
-                const int at = 32 * i + lane() / 16 * 16 + lane() % 8 * 2 + lane() / 8 % 2;
-                reinterpret_cast<float *>(stage.shift)[at] = told[i].shift;
-                reinterpret_cast<float *>(stage.minus_delta)[at] = told[i].minus_delta;
-            }
-            unsigned team = 0, warp = 0, care = 0;  // of which the lane says it
-#pragma unroll
-            for (int i = 0; i < QUERIES / 16; ++i)
-                if (lane() == i) {
-                    team = live[i / 4 * 2] | live[i / 4 * 2 + 1];
-                    warp = live[i / 2] >> i % 2 * 16 & 0xffffu;
-                    care = careful[i / 2] >> i % 2 * 16 & 0xffffu;
-                }
-            if (lane() < QUERIES / 16)
-                stage.way[lane()] = care != 0   ? CAREFULLY
-                                    : warp != 0 ? QUICKLY
-                                    : team != 0 ? WARP_HAS_NONE
-                                                : TEAM_HAS_NONE;
-        }
+        if (!second && first == 0) say(stage, told, live, careful);
         unsigned wanted[OWN / 32];
 #pragma unroll
         for (int i = 0; i < OWN / 32; ++i)
@@ -182,23 +156,7 @@ struct KeysOf {
     }
 
     __device__ void copy(const EvoformerArguments &a, Stage &stage) {
-        if (!second) {
-#pragma unroll
-            for (int i = 0; i < WORDS; ++i) {
-                const int j = first + 32 * i + lane();
-                const float y = to_float(add[i]);
-                if (MASK_BIAS) stage.bias[j] = y;
-                if ((unlike[i / 2 * 2] | unlike[i / 2 * 2 + 1]) != 0)
-                    stage.start[j] = keep[i] != 0 ? MASK_BIAS ? y * over : 0.0f : dropped;
-                if (lane() == 0) {
-                    stage.kept[first / 32 + i] = kept[i];
-                    if (i % 2 == 1)
-                        stage.keys[first / 64 + i / 2] = (kept[i - 1] | kept[i]) == 0       ? NONE_KEPT
-                                                         : (unlike[i - 1] | unlike[i]) != 0 ? SOME_KEPT
-                                                                                            : ALL_ALIKE;
-                }
-            }
-        }
+        if (!second) say(stage, first, keep, add, kept, unlike, over, dropped);
         copier.copy(second ? stage.v : stage.k, from, stride, kept, all && a.D == HEAD_DIM, first);
         from += step;
     }
