@@ -194,7 +194,7 @@ def attended(Q, K, options, places=None):
         views = views_of(arrays)
         work = attention_tensor.forward(shape, "float16", views, options)
         scratch = {name: np.zeros(size, np.float32) for name, size in work.scratch.items()}
-        told = ATTENTION.pack(shape, views | views_of(scratch), 1.0, work.counts).tobytes()
+        told = ATTENTION.pack(shape, views | views_of(scratch), 1.0, work.counts)
         launch_all(work.launches, told)
         seen.append(~np.isfinite(arrays["out"][0, :, 0, 0]))
     return np.array(seen).T
@@ -214,7 +214,7 @@ def test_the_tables_hold_the_ends_of_positions_and_segments(order):
     views = views_of(arrays)
     work = attention_tensor.forward(shape, "float16", views, Options(right=0))
     scratch = {name: np.full(size, np.nan, np.float32) for name, size in work.scratch.items()}
-    told = ATTENTION.pack(shape, views | views_of(scratch), 1.0, work.counts).tobytes()
+    told = ATTENTION.pack(shape, views | views_of(scratch), 1.0, work.counts)
     launch_all(work.launches[:1], told, order)
     assert [x.size * 4 for x in scratch.values()] == [B * 3 * 33 * 40, B * 1 * 33 * 40]
     table = scratch["query_spans"].reshape(B, -1).view(np.int64).reshape(B, 3 * 33, 5)

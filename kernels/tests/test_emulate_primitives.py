@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,21 +132,6 @@ def test_addresses_are_aligned(tmp_path: Path, call: str) -> None:
         run(tmp_path, source, "crooked", numbers, numbers, numbers)
 
 
-def test_bytes_are_chosen(tmp_path: Path) -> None:
-    source = """
-    KERNEL(choose) {
-        const unsigned* words = static_cast<const unsigned*>(arguments.a);
-        const unsigned chosen = choose_bytes(words[0], words[1], 0x7230);
-        reinterpret_cast<unsigned*>(arguments.c)[threadIdx.x] = chosen;
-    }"""
-    words = np.array([0x33221100, 0x77665544], np.uint32)
-    found = np.zeros(32, np.float32)
-    run(tmp_path, source, "choose", words, words, found)
-    assert (found.view(np.uint32) == 0x77223300).all()
-    with pytest.raises(KernelFault, match="there is no byte 8 to choose"):
-        run(tmp_path, source.replace("0x7230", "0x8230"), "choose", words, words, found)
-
-
 # One lane writes, eight times, what the others then read: none goes on before all have read.
 SIGNALS = """
 KERNEL(signals) {
@@ -200,3 +185,59 @@ def test_who_is_not_expected_may_not_arrive(tmp_path: Path) -> None:
             "poison",
             *(np.zeros(1) for _ in range(3)),
         )
+
+
+# A box of 8 rows of BOX columns of an array of 6 × 20, from column 8 and row −1 on. It is read
+# before and after somebody has waited for it.
+FETCH = """
+KERNEL(fetch) {
+    alignas(1024) __shared__ unsigned short tile[8 * BOX];
+    __shared__ Signal there;
+    TileMap map{};
+    map.address = reinterpret_cast<std::uint64_t>(arguments.a);
+    const std::int64_t sizes[5] = {20, 6, 1, 1, 1}, steps[4] = {40, 16, 16, 16};
+    std::memcpy(map.sizes, sizes, sizeof sizes), std::memcpy(map.steps, steps, sizeof steps);
+    map.box[0] = BOX, map.box[1] = 8;
+    if (threadIdx.x == 0) {
+        expect(&there, 1);
+        for (int i = 0; i < 8 * BOX; ++i) tile[i] = 7;
+        arrive_expecting(&there, BYTES);
+        fetch_tile(tile + OFF, map, 8, -1, 0, 0, 0, &there);
+        arguments.c[0] = tile[BOX];
+    }
+    __syncthreads();
+    wait_for(&there, 0);
+    for (int i = threadIdx.x; i < 8 * BOX; i += 32) arguments.c[1 + i] = tile[i];
+}"""
+
+
+def fetch(folder: Path, box: int, off: int = 0, size: int | None = None) -> Any:
+    array = np.zeros(64, np.float32)
+    array.view(np.uint16)[:120] = np.arange(1, 121)
+    found = np.full(1 + 8 * box, np.nan, np.float32)
+    given = {"BOX": box, "OFF": off, "BYTES": 16 * box if size is None else size}
+    run(folder, FETCH, "fetch", array, array, found, **given)
+    return found
+
+
+@pytest.mark.parametrize(("box", "swizzle"), [(16, lambda r: r // 4 % 2), (64, lambda r: r % 8)])
+def test_a_tile_arrives_swizzled_with_zeros_where_there_is_nothing(
+    tmp_path: Path, box: int, swizzle: Callable[[int], int]
+) -> None:
+    before, *found = fetch(tmp_path, box).tolist()
+    assert before == 7  # as late as the device may
+    wide = np.zeros((8, 64), int)
+    wide[1:7, :12] = np.arange(1, 121).reshape(6, 20)[:, 8:]
+    pieces = wide[:, :box].reshape(8, -1, 8)
+    expected = [[row[p ^ swizzle(r)] for p in range(box // 8)] for r, row in enumerate(pieces)]
+    assert np.array_equal(np.reshape(found, (8, -1, 8)), expected)
+
+
+def test_a_tile_of_other_bytes_than_expected_is_waited_for_forever(tmp_path: Path) -> None:
+    with pytest.raises(KernelFault, match=r"wait for each other: 32 wait at wait_for"):
+        fetch(tmp_path, 16, size=8 * 16)
+
+
+def test_where_a_tile_arrives_is_aligned(tmp_path: Path) -> None:
+    with pytest.raises(KernelFault, match=r"no multiple of 256 bytes .* fetch_tile"):
+        fetch(tmp_path, 16, off=8)

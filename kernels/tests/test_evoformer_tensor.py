@@ -1,6 +1,7 @@
 """The tensor-core kernels' host side: what is launched, what is kept, which variant is taken."""
 
 import re
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from isoform.kernels import geometries, tensor, warpgroup
 from isoform.kernels.arguments import View
 from isoform.kernels.choice import LOW_MEMORY
-from isoform.kernels.compiler import SOURCES
+from isoform.kernels.compiler import SOURCES, sources
 from isoform.kernels.emulate import CompilationFailed, HostCompilerUnavailable, check, host_compiler
 from isoform.reference.contract import Shape
 
@@ -134,16 +135,16 @@ def test_only_what_is_wanted_is_launched(wanted, launches, scratch):
 # --- The forward where four warps multiply together -----------------------------------------------
 
 GROUPED = {
-    "triangle 512": (TRIANGLE, 4),
-    "triangle 384": (Shape(1, 384, 384, 384, 4, 4, 32), 3),
-    "diffusion": (Shape(1, 48, 768, 768, 16, 16, 48), 3),
+    "triangle 512": (TRIANGLE, 2),
+    "triangle 256: in as few turns, which are longer": (Shape(1, 256, 256, 256, 4, 4, 32), 4),
+    "diffusion": (Shape(1, 48, 768, 768, 16, 16, 48), 4),
     "diffusion, small": (Shape(1, 48, 256, 256, 16, 16, 48), 4),
     "extra MSA": (Shape(1, 5120, 384, 384, 8, 8, 8), 2),
     "grouped heads": (Shape(2, 33, 250, 400, 4, 2, 16), 2),
 }
 UNGROUPED = {
     "few rows": ({"S": 15}, {}),
-    "many queries that are not there": ({"Q": 120}, {}),
+    "no keys": ({"K": 0}, {}),
     "a larger head dim": ({"D": 64}, {}),
     "channels that cannot be copied 16 bytes at a time": ({"D": 20}, {}),
     "a pair bias that cannot": ({"K": 500}, {}),
@@ -175,9 +176,36 @@ def test_elsewhere_warps_do_it_by_themselves(sizes, how):
 
 def test_no_block_has_more_to_do_than_it_can_remember():
     (forward,) = on_hopper(Shape(16, 2048, 512, 512, 64, 64, 32), multiprocessors=1).launches
-    works = tiles(512, 256) * (2048 // 2) * 64 * 16
+    own, rows = 64 * forward.defines["GROUPS"], forward.defines["ROWS"]
+    works = tiles(512, own) * tiles(2048, rows) * 64 * 16
     assert works > tensor.MOST_WORKS * forward.defines["BLOCKS"]
     assert forward.blocks == tiles(works, tensor.MOST_WORKS)
+
+
+def test_tiles_are_fetched_forwards():
+    """A stride below 0 is nothing that a tile's map can say."""
+    backwards = {**lying(TRIANGLE, UNGATED)}
+    q = backwards["q"]
+    backwards["q"] = replace(q, strides=(q.strides[0], -q.strides[1], *q.strides[2:]))
+    with geometries.of_device("a GPU", tensor.ROOM, 132, "sm_90"):
+        (forward,) = tensor.forward(TRIANGLE, "bfloat16", backwards).launches
+        backward = tensor.backward(TRIANGLE, "bfloat16", backwards, UNGATED)
+    assert forward.kernel == "evoformer_tensor_forward"
+    assert not any("warpgroup" in launch.kernel for launch in backward.launches)
+
+
+def test_what_is_fetched_is_said_in_the_order_of_the_source():
+    """Of each kernel that fetches: the maps after the arguments, as ``struct Given`` has them."""
+    launches = [*on_hopper(TRIANGLE).launches]
+    for wanted in ({"q"}, {"k"}, {"pair_bias"}):
+        launches += by_warpgroups(TRIANGLE, wanted).launches[1:]
+    launches += by_warpgroups(MSA, {"q", "pair_bias"}).launches[1:]
+    assert len(launches) == 5
+    for launch in launches:
+        text = "\n".join(sources(launch.source).values())
+        given = re.search(r"struct Given \{.*?TileMap (.*?);", text, re.DOTALL)[1]
+        names = given.replace("cotangent", "dout").split(", ")
+        assert [tile.operand for tile in launch.tiles] == names
 
 
 def test_who_is_eager_takes_what_can_do_the_call():

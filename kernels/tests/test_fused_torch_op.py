@@ -315,7 +315,7 @@ class Emulated:
         words = np.frombuffer(self.told.arguments.tobytes(), np.uint64).copy()
         assert len(pointers) == len(self.told.places)
         words[np.array(self.told.places) // 8] = pointers
-        launch_all(self.told.work.launches, words.tobytes())
+        launch_all(self.told.work.launches, words)
 
 
 @pytest.fixture

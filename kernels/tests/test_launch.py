@@ -6,6 +6,7 @@ import pytest
 from isoform.kernels import launch
 from isoform.kernels.arguments import ARGUMENTS, View
 from isoform.kernels.launch import Launch, Work, prepared
+from isoform.kernels.tiles import Tile
 from isoform.reference.contract import Shape
 
 SHAPE = Shape(B=1, S=2, Q=3, K=4, H=6, G=2, D=5)
@@ -61,6 +62,28 @@ def test_a_pass_is_asked_once_and_launched_with_the_addresses_of_each_call(kerne
         assert packed["q"]["stride"].tolist() == [6, 7, 8, 9, 1]
         assert (packed["scale"], packed["parts"], packed["H"]) == (0.5, 9, 6)
         assert packed["v"]["data"] == packed["top"] == 0
+
+
+def test_maps_of_tiles_have_the_addresses_of_each_call(kernel, monkeypatch):
+    """A kernel that fetches none is not given any."""
+    monkeypatch.setattr(launch, "driver_map", lambda it: it.address.to_bytes(128, "little"))
+    views = {"k": View(0, (8, 8, 8, 8, 1)), "q": View(0, (8, 8, 8, 8, 1))}
+    tiles = (Tile.of("q", 64), Tile.of("k", 64))
+    plain = Launch("source", {}, "kernel", 1, (32,))
+    fetching = Launch("source", {}, "kernel", 1, (32,), tiles=tiles)
+    work = Work((plain, fetching, plain))
+
+    for pointers in ([16, 32], [48, 64]):
+        found = prepared("key", lambda *given: work, lambda: (SHAPE, "float16", views), 0.5)
+        found.launch(pointers, 77)
+        first, second, third = (call[2][0].tobytes() for call in kernel.calls[-3:])
+        assert first == third
+        assert len(first) == ARGUMENTS.itemsize
+        assert second[: len(first)] == first
+        packed = np.frombuffer(first, ARGUMENTS)[0]
+        assert [packed["k"]["data"], packed["q"]["data"]] == pointers
+        maps = [int.from_bytes(second[-start:][:8], "little") for start in (256, 128)]
+        assert maps == pointers[::-1]
 
 
 def test_another_key_is_another_pass(kernel):

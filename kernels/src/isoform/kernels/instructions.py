@@ -61,6 +61,12 @@ which sums δ before the rest where there is a gate, does more logits than are r
 for the logits of four.) Other sources are not counted.
 """
 
+MASKED = frozenset(
+    f"evoformer_warpgroup_{name}" for name in ("forward", "backward_query", "backward_pair_bias")
+)
+"""Sources where sixteen multiplications more say of a logit whether its key is dropped, if there is
+no mask bias."""
+
 ARCHITECTURES = frozenset({"sm_80", "sm_90", "sm_90a"})
 """What is looked at: others run nearly the same instructions."""
 
@@ -243,6 +249,8 @@ def counted(compiled: Compiled) -> dict[str, Counts]:
         of it.
     """
     per_logit = PRODUCTS[compiled.name] * int(compiled.defines["HEAD_DIM"])
+    if compiled.name in MASKED and not compiled.defines["MASK_BIAS"]:
+        per_logit += 16
     found = {
         name: _of(code, per_logit) for name, code in kernels(disassemble(compiled.cubin)).items()
     }

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from isoform.kernels.arguments import EVOFORMER, Struct, View
+from isoform.kernels.arguments import EVOFORMER, Struct, View, place_in
 from isoform.kernels.compiler import Define, load, toolkit
+from isoform.kernels.tiles import Tile, driver_map, place_of_map, with_maps
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Launch:
         blocks: Blocks, along the one axis that may have more than 65535 of them.
         threads: Threads of a block, along x and y.
         shared_bytes: The dynamic shared memory of a block.
+        tiles: Those that it fetches, whose maps follow the arguments.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Launch:
     blocks: int
     threads: tuple[int, ...]
     shared_bytes: int = 0
+    tiles: tuple[Tile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,7 @@ class Prepared:
     """
 
     scratch: Mapping[str, tuple[int, ...]]
-    _functions: Sequence[tuple[Any, tuple[int], tuple[int, ...], int]]
-    _template: np.ndarray[Any, Any]
-    _places: np.ndarray[Any, Any]
-    _opaque: np.dtype[Any]  # CuPy describes a struct field by field, slowly
+    _functions: Sequence[tuple[Any, tuple[int], tuple[int, ...], int, _Template]]
 
     def launch(self, pointers: Sequence[int], stream: int) -> None:
         """Launch on the current device; returns before the GPU has done it.
@@ -119,12 +119,35 @@ class Prepared:
                 the scratch memory.
             stream: The stream's address.
         """
-        words = self._template.copy()
-        words[self._places] = pointers
-        arguments = (words.view(self._opaque)[0],)
         external = _stream(stream)
-        for function, blocks, threads, shared_bytes in self._functions:
+        given: _Template | None = None
+        arguments: tuple[Any, ...] = ()
+        for function, blocks, threads, shared_bytes, template in self._functions:
+            if template is not given:  # most kernels of a pass are given the same
+                given, arguments = template, (template.filled(pointers),)
             function(blocks, threads, arguments, shared_bytes, external)
+
+
+@dataclass(frozen=True)
+class _Template:
+    """What a kernel is given, but for addresses.
+
+    Attributes:
+        words: All of it, in eights of bytes.
+        places: Where addresses are in it, and
+        order: which of those of the pass.
+        opaque: Its type for CuPy, which describes a struct field by field, slowly.
+    """
+
+    words: np.ndarray[Any, Any]
+    places: np.ndarray[Any, Any]
+    order: np.ndarray[Any, Any]
+    opaque: np.dtype[Any]
+
+    def filled(self, pointers: Sequence[int]) -> Any:
+        words = self.words.copy()
+        words[self.places] = np.array(pointers, np.uint64)[self.order]
+        return words.view(self.opaque)[0]
 
 
 _PREPARED: dict[Hashable, Prepared] = {}
@@ -177,18 +200,27 @@ def kept(key: Hashable, told: Callable[[], Told]) -> Prepared:
 
 def _prepare(told: Told) -> Prepared:
     functions = []
+    templates: dict[tuple[Tile, ...], _Template] = {}
     for each in told.work.launches:
         function = load(each.source, defines=each.defines).get_function(each.kernel)
         if each.shared_bytes > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = each.shared_bytes
-        functions.append((function.kernel, (each.blocks,), each.threads, each.shared_bytes))
-    return Prepared(
-        told.work.scratch,
-        tuple(functions),
-        np.frombuffer(told.arguments.tobytes(), np.uint64),
-        np.array(told.places, np.intp) // 8,
-        np.dtype((np.void, told.arguments.dtype.itemsize)),
-    )
+        if each.tiles not in templates:
+            templates[each.tiles] = _template(told, each.tiles)
+        size = (each.blocks,), each.threads, each.shared_bytes
+        functions.append((function.kernel, *size, templates[each.tiles]))
+    return Prepared(told.work.scratch, tuple(functions))
+
+
+def _template(told: Told, tiles: tuple[Tile, ...]) -> _Template:
+    """What kernels are given that fetch ``tiles``."""
+    given = np.frombuffer(with_maps(told.arguments, tiles, driver_map), np.uint64)
+    places, order = list(told.places), list(range(len(told.places)))
+    for number, tile in enumerate(tiles):  # a map begins with the address, as driver_map made sure
+        places.append(place_of_map(number, told.arguments.dtype.itemsize))
+        order.append(told.places.index(place_in(told.arguments.dtype, tile.operand)))
+    opaque = np.dtype((np.void, given.nbytes))
+    return _Template(given, np.array(places, np.intp) // 8, np.array(order, np.intp), opaque)
 
 
 def _device_name() -> str:

@@ -11,12 +11,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from math import inf, prod
+from math import prod
 
 from isoform.kernels import warpgroup
 from isoform.kernels.arguments import View
 from isoform.kernels.compiler import Define
 from isoform.kernels.launch import MULTIPROCESSORS, Launch, Work, setting
+from isoform.kernels.tiles import Tile, fetchable
 from isoform.kernels.warpgroup import ROWS, Teams
 from isoform.reference.contract import Arithmetic, Capabilities, Shape
 
@@ -205,9 +206,8 @@ class Grouped:
         fewer: Registers of a thread that copies; those that multiply share the rest.
         stages: How many tiles of keys there is room for, which are copied ahead.
         turns: Rows s that a warp does one after the other.
+        pace: How long a logit takes, the fastest geometry's is 1.
         least: From how many rows s on it is faster than the other forward.
-        padded: How many more queries than the other forward it may compute, beyond those that there
-            are, and still be faster.
     """
 
     groups: int
@@ -215,14 +215,23 @@ class Grouped:
     blocks: int
     fewer: int
     stages: int = 2
-    turns: int = 2
+    turns: int = 1
+    pace: float = 1.0
     least: int = 16
-    padded: float = 9 / 8
 
     @property
     def own(self) -> int:
         """Queries of a block."""
         return 64 * self.groups
+
+    def works(self, shape: Shape) -> int:
+        """What there is to do, each a block's at a time."""
+        return -(-shape.Q // self.own) * -(-shape.S // self.rows) * shape.H * shape.B
+
+    def takes(self, shape: Shape) -> float:
+        """How long, in logits of one key: blocks do as many works as the busiest."""
+        waves = -(-self.works(shape) // (MULTIPROCESSORS.get() * self.blocks))
+        return waves * self.own * self.rows * self.pace
 
     @property
     def threads(self) -> int:
@@ -232,17 +241,20 @@ class Grouped:
 
 GROUPED_SOURCE = "evoformer_warpgroup_forward"
 GROUPED: Mapping[int, tuple[Grouped, ...]] = {
-    16: (Grouped(2, 3, 1, 72, stages=4, turns=1),),
-    32: (Grouped(4, 2, 1, 64, stages=3), Grouped(3, 2, 1, 56)),
-    48: (Grouped(3, 2, 1, 56), Grouped(4, 1, 1, 64, turns=1)),
+    16: (Grouped(2, 3, 1, 40, stages=4),),
+    32: (Grouped(2, 3, 1, 24, stages=4), Grouped(4, 2, 1, 40, stages=3, turns=2, pace=1.025)),
+    48: (Grouped(4, 1, 1, 56, stages=3), Grouped(2, 2, 1, 40, stages=3, pace=1.035)),
 }
-"""By head dim, the fastest first, for a GPU of :data:`WARPGROUPS`."""
+"""By head dim, for a GPU of :data:`WARPGROUPS`."""
 
 WARPGROUPS = "sm_90"
 """The architecture that has ``wgmma``. Its successors have other instructions instead."""
 
 KEYS = 64
 """Of a tile of ``evoformer_warpgroup_forward``."""
+
+FETCHED = ("q", "k", "v", "pair_bias")
+"""Operands of which it fetches tiles; their maps are in this order."""
 
 MOST_WORKS = 1024
 """Tiles of queries that a block of it may do, one after the other: it keeps a byte for each."""
@@ -290,10 +302,7 @@ def eagerly() -> Iterator[None]:
     now = SPECIAL.get()
     eager = Special(
         {D: replace(one, rows=1) for D, one in now.wholes.items()},
-        {
-            D: tuple(replace(one, least=1, padded=inf) for one in options)
-            for D, options in now.groups.items()
-        },
+        {D: tuple(replace(one, least=1) for one in options) for D, options in now.groups.items()},
         {
             D: {name: replace(one, least=1, padded=8.0) for name, one in passes.items()}
             for D, passes in now.teams.items()
@@ -313,7 +322,7 @@ def sparingly() -> Iterator[None]:
 def forward(shape: Shape, dtype: str, operands: Mapping[str, View]) -> Work:
     """What computes ``out``, and ``lse``, ``top``, ``total`` where they are among the arguments."""
     chosen = choices(shape, operands)
-    grouped = grouped_of(shape, chosen)
+    grouped = grouped_of(shape, chosen, operands)
     if grouped is None:
         one = _pass("forward", shape, dtype, "Q H S B", chosen)
     else:
@@ -332,9 +341,10 @@ def backward(
     if not wanted:
         return Work(())
     chosen = choices(shape, operands)
-    together = warpgroup.backward(SPECIAL.get().teams, shape, dtype, chosen, wanted)
-    if together is not None:
-        return together
+    if fetchable(operands, ROWS_OF_CHANNELS & operands.keys()):
+        together = warpgroup.backward(SPECIAL.get().teams, shape, dtype, chosen, wanted)
+        if together is not None:
+            return together
     scratch = {"delta": shape.of("lse")}
     counts: dict[str, int] = {}
     whole = whole_of(shape, chosen, wanted, operands)
@@ -378,25 +388,21 @@ def whole_of(
     return whole if fits and both and _near(operands) else None
 
 
-def grouped_of(shape: Shape, chosen: Mapping[str, int]) -> Grouped | None:
+def grouped_of(
+    shape: Shape, chosen: Mapping[str, int], operands: Mapping[str, View]
+) -> Grouped | None:
     """How ``evoformer_warpgroup_forward`` does the call; None where the other forward does.
 
-    It does where there is a pair bias and no gate, and all rows can be copied 16 bytes at a time;
-    and where it was measured to be faster: of many rows s, with not many more queries than there
-    are.
+    It does where there is a pair bias and no gate, and tiles of all operands can be fetched; and
+    where it was measured to be faster: of many rows s.
     """
     options = SPECIAL.get().groups.get(head_dim(shape.D), ())
-    able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"]
-    if not options or chosen["GATED"] or not able:
+    able = chosen["PAIR_BIAS"] and chosen["ALIGNED"] and chosen["ALIGNED_BIAS"] and shape.K
+    if not options or chosen["GATED"] or not able or not fetchable(operands, FETCHED):
         return None
 
-    def computed(own: int) -> int:
-        return -(-shape.Q // own) * own
-
-    best = min(options, key=lambda one: computed(one.own))
-    other = computed(geometry_of("forward", shape.D, gated=False).own)
-    faster = best.least <= shape.S and computed(best.own) <= best.padded * other
-    return best if faster else None
+    best = min(options, key=lambda one: one.takes(shape))
+    return best if best.least <= shape.S else None
 
 
 def grouped_variant(
@@ -416,33 +422,31 @@ def grouped_variant(
         "STAGES": grouped.stages,
         "BLOCK": KEYS,
         "BLOCKS": grouped.blocks,
-        "SHARED_BYTES": _grouped_bytes(grouped, room, chosen),
+        "SHARED_BYTES": _grouped_bytes(grouped, room),
         **chosen,
     }
 
 
-def _grouped_bytes(grouped: Grouped, room: int, chosen: Mapping[str, int]) -> int:
+def _grouped_bytes(grouped: Grouped, room: int) -> int:
     """The shared memory of a block of it; the source asserts that it has the same idea."""
-
-    def columns(rows: int) -> int:
-        return 2 * room * (rows + 2)
-
-    keys = 4 * (KEYS + (KEYS if chosen["MASK_BIAS"] else 4)) + 16
-    stage = grouped.rows * (2 * columns(KEYS) + keys) + 2 * grouped.own * (KEYS + 8)
-    works = 2 * grouped.rows * (columns(grouped.own) + 32)  # this one's and the next
-    signals = 8 * (5 + 2 * grouped.stages)
-    size = works + grouped.stages * stage + signals + MOST_WORKS
-    return -(-size // 16) * 16
+    stage = 2 * grouped.own * KEYS + grouped.rows * (2 * 2 * room * KEYS + 16 * KEYS)
+    works = 2 * grouped.rows * (2 * room * grouped.own + 32)  # this one's and the next
+    kept = grouped.stages * grouped.rows * 8
+    signals = 8 * (5 + 3 * grouped.stages)
+    size = grouped.stages * stage + works + 128 + kept + signals + MOST_WORKS
+    return -(-size // 1024) * 1024  # tiles of the pair bias lie so
 
 
 def _grouped(grouped: Grouped, shape: Shape, dtype: str, chosen: Mapping[str, int]) -> Launch:
     """The launch of ``evoformer_warpgroup_forward``."""
     defines = grouped_variant(grouped, dtype, shape.D, chosen)
-    works = -(-shape.Q // grouped.own) * -(-shape.S // grouped.rows) * shape.H * shape.B
+    works = grouped.works(shape)
     at_once = MULTIPROCESSORS.get() * grouped.blocks
     blocks = min(works, max(at_once, -(-works // MOST_WORKS)))
     size = int(defines["SHARED_BYTES"])
-    return Launch(GROUPED_SOURCE, defines, GROUPED_SOURCE, blocks, (grouped.threads,), size)
+    rows = {"q": grouped.own, "k": KEYS, "v": KEYS, "pair_bias": grouped.own}
+    tiles = tuple(Tile.of(name, rows[name]) for name in FETCHED)
+    return Launch(GROUPED_SOURCE, defines, GROUPED_SOURCE, blocks, (grouped.threads,), size, tiles)
 
 
 def _near(operands: Mapping[str, View]) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from isoform.kernels import plain
 from isoform.kernels.compiler import Define
 from isoform.kernels.launch import MULTIPROCESSORS, Launch, Work
+from isoform.kernels.tiles import Tile
 from isoform.reference.contract import Shape
 
 KEYS = 64
@@ -42,6 +43,14 @@ computed once."""
 
 PAIRS = frozenset({"backward_pair_bias", TOGETHER})
 """Those of which a block owns a tile of the pair bias, for all rows s or a part."""
+
+FETCHED: Mapping[str, tuple[str, ...]] = {
+    "backward_query": ("q", "dout", "k", "v", "pair_bias"),
+    "backward_key": ("k", "v", "q", "dout", "pair_bias"),
+    "backward_pair_bias": ("q", "dout", "k", "v"),
+    "backward_query_pair": ("q", "dout", "k", "v"),
+}
+"""Operands of which a pass fetches tiles; their maps are in this order."""
 
 QUERIES_SOURCE = "evoformer_warpgroup_backward_queries"
 """What comes before all of them. Any GPU could run it."""
@@ -79,20 +88,20 @@ class Teams:
 
 BACKWARD: Mapping[int, Mapping[str, Teams]] = {
     16: {
-        "backward_query": Teams(2, 3, 1, 56, 32, stages=3, turns=2),
-        "backward_key": Teams(2, 2, 1, 64, 16, stages=3),
+        "backward_query": Teams(2, 3, 1, 40, 32, stages=3, turns=2),
+        "backward_key": Teams(1, 3, 1, 40, 32, stages=4),
         "backward_pair_bias": Teams(2, 2, 1, 64, 32, stages=4),
         "backward_query_pair": Teams(1, 4, 1, 64, 16, stages=4),
     },
     32: {
-        "backward_query": Teams(2, 3, 1, 56, 32, stages=3, turns=2),
-        "backward_key": Teams(1, 3, 1, 80, 32, stages=4),
+        "backward_query": Teams(2, 3, 1, 24, 32, stages=3, turns=2),
+        "backward_key": Teams(1, 3, 1, 40, 32, stages=4),
         "backward_pair_bias": Teams(2, 2, 1, 64, 32, stages=4),
         "backward_query_pair": Teams(1, 4, 1, 64, 16, stages=3),
     },
     48: {
-        "backward_query": Teams(2, 2, 1, 56, 32, stages=3, turns=2),
-        "backward_key": Teams(2, 1, 1, 80, 32, stages=4),
+        "backward_query": Teams(2, 2, 1, 40, 32, stages=3, turns=2),
+        "backward_key": Teams(3, 1, 1, 40, 16, stages=4),
         "backward_pair_bias": Teams(2, 2, 1, 64, 32, stages=3),
     },
 }
@@ -171,6 +180,7 @@ def add_up_mask_bias(keys: Launch, shape: Shape) -> tuple[Launch, tuple[int, ...
         blocks=-(-shape.B * shape.S * shape.K // 256),
         threads=(256,),
         shared_bytes=0,
+        tiles=(),
     )
     return last, (shape.B, shape.S, shape.G, shape.K)
 
@@ -222,33 +232,35 @@ def shared_bytes(name: str, teams: Teams, room: int, chosen: Mapping[str, int]) 
     """The shared memory of a block; each source asserts that it has the same idea."""
     own = 64 * teams.groups
 
-    def columns(rows: int) -> int:
-        return 2 * room * (rows + 2)
+    def up(size: int, multiple: int) -> int:
+        return -(-size // multiple) * multiple
 
     match name:
         case "backward_query":
-            kept = teams.across * (2 * columns(own) + 8 * own + 2 * 24)
-            keys = 4 * (KEYS + (KEYS if chosen["MASK_BIAS"] else 4)) + 16
-            stage = teams.across * (2 * columns(KEYS) + keys) + 2 * own * (KEYS + 8)
-            signals = 8 * (2 + 2 * teams.stages)
+            kept = teams.across * (2 * 2 * room * own + 8 * own + 2 * 24) + 128
+            stage = 2 * KEYS * own + teams.across * (2 * 2 * room * KEYS + 16 * KEYS)
+            signals = 8 * (2 + 3 * teams.stages) + 8 * teams.stages * teams.across
+            return up(teams.stages * up(stage, 1024) + kept + signals, 1024)
         case "backward_key":
-            kept = 2 * teams.across * columns(own)
+            kept = 2 * teams.across * 2 * room * own
             queries = 12 * KEYS + 16
-            stage = teams.across * (2 * columns(KEYS) + queries) + 2 * KEYS * (own + 8)
-            signals = 8 * (2 + 2 * teams.stages)
+            stage = teams.across * (2 * 2 * room * KEYS + queries) + 2 * KEYS * own
+            signals = 8 * (3 + 3 * teams.stages)
+            return up(teams.stages * up(stage, 1024) + kept + signals, 1024)
         case _ if name in PAIRS:
-            keys = 64 * teams.across
-            kept = 2 * own * keys + 64  # the pair bias, and what the block does
-            told = 8 * own + 4 * keys + (4 * keys if chosen["MASK_BIAS"] else 16)
+            keys, masked = 64 * teams.across, chosen["MASK_BIAS"]
+            kept = 2 * own * keys + 64 + 128 + 8  # the pair bias, what the block does, halves
+            added = not masked and keys <= 128
+            told = 8 * own + (16 * keys if added else 1024) + 4 * (keys if masked else 4)
             flags = 12 * teams.across + own // 4
-            stage = 2 * columns(own) + 2 * columns(keys) + -(-(told + flags) // 16) * 16
-            signals = 8 * 2 * teams.stages
+            stage = 2 * 2 * room * (own + keys) + told + flags
+            signals = 8 * 3 * teams.stages
+            size = up(teams.stages * up(stage, 256) + kept + signals, 256)
             if name == TOGETHER:
-                kept += 2 * 2 * keys * own  # gradients of two rows' logits
-                signals += 8 * 2 * 2
+                size += 2 * 2 * keys * own + 4 * 8  # gradients of two rows' logits, signals
+            return up(size, 256)
         case _:
             raise ValueError(f"there is no pass {name!r}")
-    return -(-(kept + teams.stages * stage + signals) // 16) * 16
 
 
 def queries_variant(dtype: str, room: int, chosen: Mapping[str, int]) -> dict[str, Define]:
@@ -290,4 +302,8 @@ def _launch(name: str, teams: Teams, shape: Shape, defines: Mapping[str, Define]
     threads = 128 * (multiplying(teams) + 1)
     at_once = MULTIPROCESSORS.get() * teams.blocks
     blocks = works if name in PAIRS else min(works, at_once)
-    return Launch(source, defines, source, blocks, (threads,), int(defines["SHARED_BYTES"]))
+    size = int(defines["SHARED_BYTES"])
+    streams = 64 * teams.across if name in PAIRS else KEYS
+    stay = {"k", "v"} if name == "backward_key" else {"q", "dout", "pair_bias"}
+    tiles = tuple(Tile.of(one, own if one in stay else streams) for one in FETCHED[name])
+    return Launch(source, defines, source, blocks, (threads,), size, tiles)

@@ -44,7 +44,7 @@ def results_of(
             work = one(call.shape, call.dtype, views)
             scratch = {name: unwritten(shape, np.float32) for name, shape in work.scratch.items()}
             views |= views_of(scratch)
-            arguments = struct.pack(call.shape, views, scale, work.counts).tobytes()
+            arguments = struct.pack(call.shape, views, scale, work.counts)
             launch_all(work.launches, arguments, order)
         return results
 

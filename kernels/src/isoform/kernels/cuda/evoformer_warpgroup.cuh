@@ -1,23 +1,24 @@
 // What the kernels for Hopper have in common: blocks where some warps copy and the others multiply.
 //
 // Four warps, a team, multiply 64 rows by a tile that lies in shared memory where it is (`wgmma`); each of
-// them has sixteen of the rows. One team more copies the next tiles meanwhile, and gives its registers to
-// the others: who multiplies issues no copies, and waits for nobody else, warp by warp. A block does one
-// piece of work after the other: there are as many blocks as can be at once.
+// them has sixteen of the rows. One team more gives its registers to the others, and sees to the next tiles
+// meanwhile. One of its threads has them fetched, which takes an instruction a box, whatever its size. Its
+// other warps read what there is to be told of a tile, and when it is there, make zeros of rows that must not be
+// seen. Who multiplies issues no copies, and waits for nobody else, warp by warp. A block does one piece of
+// work after the other: there are as many blocks as can be at once.
 //
 // Where there are no such instructions, and in the emulator, each warp multiplies its sixteen rows by
 // itself.
 //
 // Defines, besides those of evoformer_tensor.cuh: TEAMS, those that multiply; STAGES, how many tiles there
-// are to be copied ahead; FEWER, the registers of a thread that copies. Rows of all operands, and of the
-// pair bias, which must be there, are copied 16 bytes at a time. M_TILES is 1.
+// are to be fetched ahead; FEWER, the registers of a thread that copies. Rows of all operands, and of the
+// pair bias, which must be there, begin on 16 bytes. M_TILES is 1.
 
 #pragma once
 
 #include "evoformer_tensor.cuh"
 
 constexpr int MULTIPLYING = 128 * TEAMS, COPYING = 128;  // threads
-constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, in a row
 constexpr int CHANNEL_TILES = HEAD_DIM / 8;
 
 // Registers of a thread that multiplies: all threads have as many at first, in eights, of what there are,
@@ -29,14 +30,40 @@ static_assert((TEAMS * MORE + FEWER) * 128 * BLOCKS <= 65536 && FEWER % 8 == 0 &
 static_assert(M_TILES == 1 && ALIGNED && ALIGNED_BIAS && PAIR_BIAS && !GATED,
               "this is all that these kernels do");
 
-// Rows in columns of pieces, as a team's products read them. Two MORE_ROWS in every column: the pieces of two
-// rows that eight threads copy lie in different banks.
-template <int SIZE, int COUNT = PIECES, int MORE_ROWS = 2>
-struct Columns {
-    uint4 piece[COUNT][SIZE + MORE_ROWS];
+// A row of 64 elements of a tile that is fetched. Its pieces are swizzled: those of eight rows at the same
+// place lie in different banks.
+struct SwizzledRow {
+    uint4 pieces[8];
 
-    static constexpr unsigned PIECE_STEP = 16 * (SIZE + MORE_ROWS);
+    // The row is number `row` of the tile, or that plus a multiple of 8.
+    __device__ const uint4 *piece(int p, int row) const { return pieces + (p ^ row % 8); }
 };
+
+// Rows of channels as they are fetched: in boxes of sixteen channels, rows of which are adjacent, two pieces
+// each, swizzled. (Pieces by themselves would come from memory twice: 32 bytes are the least.)
+template <int SIZE>
+struct Boxes {
+    uint4 pieces[STEPS][SIZE][2];
+
+    static constexpr unsigned STEP = 32 * SIZE;  // bytes from box to box
+
+    __device__ const uint4 *piece(int p, int row) const {
+        return &pieces[p / 2][row][p % 2 ^ row / 4 % 2];
+    }
+    __device__ void clear(int row) {
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) pieces[step][row][0] = pieces[step][row][1] = {};
+    }
+};
+
+// Fetches SIZE rows of x[b, s, :, h, :], from `first` on. Zeros beyond what there is.
+template <int SIZE>
+__device__ inline void fetch_rows(Boxes<SIZE> &rows, const TileMap &x, int first, int h, int s, int b,
+                                  Signal *signal) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+        fetch_tile(rows.pieces[step], x, 16 * step, first, h, s, b, signal);
+}
 
 // What all lanes have, so that the compiler knows.
 __device__ inline int uniform(int x) { return __shfl_sync(ALL_LANES, x, 0); }
@@ -80,21 +107,64 @@ struct Place {
 
 // The warp's sixteen rows, from `row` on, as a left operand in registers.
 template <int SIZE>
-__device__ inline void load_left(unsigned (&x)[STEPS][4], const Columns<SIZE> &rows, int row) {
+__device__ inline void load_left(unsigned (&x)[STEPS][4], const Boxes<SIZE> &rows, int row) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
-        ldmatrix_x4(x[step], &rows.piece[2 * step + lane() / 16][row + lane() % 16]);
+        ldmatrix_x4(x[step], rows.piece(2 * step + lane() / 16, row + lane() % 16));
+}
+
+// A tile and its name, as products know it.
+template <int SIZE>
+struct Named {
+    const Boxes<SIZE> &rows;
+#ifdef ISOFORM_WARPGROUPS
+    TileName name;
+#endif
+};
+
+// A name is made of an address, anew each time.
+template <int SIZE>
+__device__ inline Named<SIZE> named(const Boxes<SIZE> &rows) {
+#ifdef ISOFORM_WARPGROUPS
+    return {rows, swizzled(shared_address(&rows), rows.STEP)};
+#else
+    return {rows};
+#endif
+}
+
+// Once and for all: others are made of it by an addition, see after().
+template <int SIZE>
+__device__ inline Named<SIZE> named_once(const Boxes<SIZE> &rows) {
+#ifdef ISOFORM_WARPGROUPS
+    TileName name = named(rows).name;
+    name.low = uniform(name.low);  // what is from another lane the compiler cannot compute again
+    return {rows, name};
+#else
+    return {rows};
+#endif
+}
+
+// The tile that lies so many pieces after one that has a name.
+template <int SIZE, int AS_BEFORE>
+__device__ inline Named<SIZE> after(const Named<AS_BEFORE> &tile, int pieces) {
+    const uint4 *place = reinterpret_cast<const uint4 *>(&tile.rows) + pieces;
+    const Boxes<SIZE> &rows = *reinterpret_cast<const Boxes<SIZE> *>(place);
+#ifdef ISOFORM_WARPGROUPS
+    return {rows, tile.name.after(pieces)};
+#else
+    return {rows};
+#endif
 }
 
 // x = left · rightᵀ, or that added: of 8 N rows of `right`, from `first` on.
 template <int N, int SIZE>
 __device__ inline void multiply_rows(float (&x)[N][4], const unsigned (&left)[STEPS][4],
-                                     const Columns<SIZE> &right, int first, bool add = false) {
+                                     const Boxes<SIZE> &right, int first, bool add = false) {
 #ifdef ISOFORM_WARPGROUPS
-    const TileName b = by_rows(shared_address(&right.piece[0][first]), right.PIECE_STEP);
+    const TileName b = swizzled(shared_address(right.pieces[0][first]));
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
-        warpgroup_multiply_rows(x, left[step], b.at(step * 2 * right.PIECE_STEP), add || step > 0);
+        warpgroup_multiply_rows(x, left[step], b.at(step * right.STEP), add || step > 0);
 #else
     if (!add)
 #pragma unroll
@@ -106,55 +176,12 @@ __device__ inline void multiply_rows(float (&x)[N][4], const unsigned (&left)[ST
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             unsigned words[4];
-            ldmatrix_x4(words, &right.piece[2 * step + lane() / 8 % 2]
-                                           [first + 8 * n + lane() % 8 + 8 * (lane() / 16)]);
+            ldmatrix_x4(words, right.piece(2 * step + lane() / 8 % 2,
+                                           first + 8 * n + lane() % 8 + 8 * (lane() / 16)));
             const unsigned even[2] = {words[0], words[1]}, odd[2] = {words[2], words[3]};
             mma_m16n8k16<Element>(x[n], left[step], even);
             mma_m16n8k16<Element>(x[n + 1], left[step], odd);
         }
-#endif
-}
-
-// A tile and its name, as products know it.
-template <int SIZE>
-struct Named {
-    const Columns<SIZE> &rows;
-#ifdef ISOFORM_WARPGROUPS
-    TileName name;
-#endif
-};
-
-// A name is made of an address, anew each time.
-template <int SIZE>
-__device__ inline Named<SIZE> named(const Columns<SIZE> &rows) {
-#ifdef ISOFORM_WARPGROUPS
-    return {rows, by_rows(shared_address(&rows), rows.PIECE_STEP)};
-#else
-    return {rows};
-#endif
-}
-
-// Once and for all: others are made of it by an addition, see after().
-template <int SIZE>
-__device__ inline Named<SIZE> named_once(const Columns<SIZE> &rows) {
-#ifdef ISOFORM_WARPGROUPS
-    TileName name = named(rows).name;
-    name.low = uniform(name.low);  // what is from another lane the compiler cannot compute again
-    return {rows, name};
-#else
-    return {rows};
-#endif
-}
-
-// The tile that lies so many pieces after one that has a name.
-template <int SIZE>
-__device__ inline Named<SIZE> after(const Named<SIZE> &tile, int pieces) {
-    const uint4 *place = reinterpret_cast<const uint4 *>(&tile.rows) + pieces;
-    const Columns<SIZE> &rows = *reinterpret_cast<const Columns<SIZE> *>(place);
-#ifdef ISOFORM_WARPGROUPS
-    return {rows, tile.name.after(pieces)};
-#else
-    return {rows};
 #endif
 }
 
@@ -163,11 +190,11 @@ template <int N, int LEFT, int RIGHT>
 __device__ inline void multiply_rows(float (&x)[N][4], const Named<LEFT> &left, int row,
                                      const Named<RIGHT> &right, int first, bool add = false) {
 #ifdef ISOFORM_WARPGROUPS
-    const TileName a = left.name.after(row / 64 * 64), b = right.name.after(first);
+    const TileName a = left.name.at(32 * (row / 64 * 64)), b = right.name.at(32 * first);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
-        warpgroup_multiply_rows(x, a.at(step * 2 * left.rows.PIECE_STEP),
-                                b.at(step * 2 * right.rows.PIECE_STEP), add || step > 0);
+        warpgroup_multiply_rows(x, a.at(step * left.rows.STEP), b.at(step * right.rows.STEP),
+                                add || step > 0);
 #else
     unsigned a[STEPS][4];
     load_left(a, left.rows, row);
@@ -176,8 +203,8 @@ __device__ inline void multiply_rows(float (&x)[N][4], const Named<LEFT> &left, 
 }
 
 template <int N, int LEFT, int RIGHT>
-__device__ inline void multiply_rows(float (&x)[N][4], const Columns<LEFT> &left, int row,
-                                     const Columns<RIGHT> &right, int first, bool add = false) {
+__device__ inline void multiply_rows(float (&x)[N][4], const Boxes<LEFT> &left, int row,
+                                     const Boxes<RIGHT> &right, int first, bool add = false) {
     multiply_rows(x, named(left), row, named(right), first, add);
 }
 
@@ -185,19 +212,18 @@ __device__ inline void multiply_rows(float (&x)[N][4], const Columns<LEFT> &left
 // `first` on.
 template <int N, int SIZE>
 __device__ inline void multiply_columns(float (&x)[CHANNEL_TILES][4], const unsigned (&left)[N][4],
-                                        const Columns<SIZE> &right, int first) {
+                                        const Boxes<SIZE> &right, int first) {
 #ifdef ISOFORM_WARPGROUPS
-    const TileName b = by_columns(shared_address(&right.piece[0][first]), right.PIECE_STEP);
+    const TileName b = swizzled(shared_address(right.pieces[0][first]), right.STEP);
 #pragma unroll
-    for (int n = 0; n < N; ++n) warpgroup_multiply_columns(x, left[n], b.at(256 * n));
+    for (int n = 0; n < N; ++n) warpgroup_multiply_columns(x, left[n], b.at(32 * 16 * n));
 #else
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             unsigned words[4];
-            ldmatrix_x4_trans(words,
-                              &right.piece[2 * step + lane() / 16][first + 16 * n + lane() % 16]);
+            ldmatrix_x4_trans(words, right.piece(2 * step + lane() / 16, first + 16 * n + lane() % 16));
             const unsigned even[2] = {words[0], words[1]}, odd[2] = {words[2], words[3]};
             mma_m16n8k16<Element>(x[2 * step], left[n], even);
             mma_m16n8k16<Element>(x[2 * step + 1], left[n], odd);
@@ -205,95 +231,129 @@ __device__ inline void multiply_columns(float (&x)[CHANNEL_TILES][4], const unsi
 #endif
 }
 
-// --- The pair bias of keys of which some are dropped -----------------------------------------------
+// --- The same for all rows ------------------------------------------------------------------------
+//
+// What is to be added to a column of products, tensor cores add: it is the product of a column of ones and a
+// row. No warp reads it.
 
-// What a tile of keys brings to the logits besides k. `choice` says how an element of the pair bias
-// becomes a float, −inf where the key is dropped: for bfloat16, which bytes of the pair that it is in,
-// and of −inf, make it up; for float16, where the pair has bits that are kept.
-struct alignas(16) KeyTile {
-    unsigned choice[BLOCK];
-    float bias[MASK_BIAS ? BLOCK : 4];
-    unsigned any, unused[3];  // whether any is kept
+// A number for each of a tile's rows that are to be columns. Row 0 of each piece has them, the others are
+// zeros.
+struct Additions {
+    uint4 piece[BLOCK / 8][8];
+
+    __device__ void make() {
+        for (int i = threadIdx.x; i < BLOCK; i += blockDim.x) piece[i / 8][i % 8] = {};
+    }
+    __device__ Element *of(int column) {
+        return reinterpret_cast<Element *>(&piece[column / 8][0]) + column % 8;
+    }
+    __device__ const Element *of(int column) const {
+        return reinterpret_cast<const Element *>(&piece[column / 8][0]) + column % 8;
+    }
 };
 
-#if ELEMENT == 2
-constexpr unsigned DROPPED = 0x7644;
-__device__ inline unsigned choice_of(int j) { return j % 2 == 0 ? 0x1044 : 0x3244; }
-__device__ inline float2 choose(unsigned pair, uint2 choice) {
-    return make_float2(__uint_as_float(choose_bytes(pair, 0xff800000u, choice.x)),
-                       __uint_as_float(choose_bytes(pair, 0xff800000u, choice.y)));
-}
+// The left operand, of sixteen columns and eight rows that stand for all: columns 0 and 8 are halves. For both
+// eights of columns it is the same piece of memory, and so it is for both eights of rows of what it is
+// multiplied by.
+struct Halves {
+    uint4 row[8];
+
+    __device__ void make() {
+        for (int i = threadIdx.x; i < 64; i += blockDim.x)
+            round_to(i % 8 == 0 ? 0.5f : 0.0f, reinterpret_cast<Element *>(row) + i);
+    }
+};
+
+// Between warpgroup_begin() and warpgroup_commit(): to 8 N columns, from `first` on.
+template <int N>
+__device__ inline void add_to_columns(float (&x)[N][4], const Halves &halves, const Additions &additions,
+                                      int first) {
+#ifdef ISOFORM_WARPGROUPS
+    warpgroup_multiply_columns(
+        x, name_of(shared_address(&halves), 0, 0),
+        by_columns(shared_address(additions.piece[first / 8]), sizeof(additions.piece[0]), 0));
 #else
-constexpr unsigned DROPPED = 0;
-__device__ inline unsigned choice_of(int j) { return j % 2 == 0 ? 0xffffu : 0xffff0000u; }
-__device__ inline float2 choose(unsigned pair, uint2 choice) {
-    const unsigned keep = choice.x | choice.y;
-    return unpack((pair & keep) | (~keep & MINUS_INFINITIES));
-}
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            x[n][e] += to_float(*additions.of(first + 8 * n + 2 * (lane() % 4) + e % 2));
 #endif
+}
+
+// --- Keys of which some are dropped ----------------------------------------------------------------
+
+// Of a tile of keys, a bit for each: whether it is kept.
+struct KeptKeys {
+    unsigned word[BLOCK / 32];
+
+    __device__ bool any() const { return (word[0] | word[1]) != 0; }
+    __device__ bool operator()(int key) const { return (word[key / 32] >> key % 32 & 1) != 0; }
+};
+
+// A lane's keys of a row s, of each tile one of every 32: read a tile before they are needed, and left as
+// they came, so that nobody waits for them.
+struct LaneKeys {
+    const unsigned char *mask;  // anything where there is none
+    const Element *bias;
+    int left;  // keys, from the lane's first on
+    KeyStream::Raw raw[BLOCK / 32];
+
+    __device__ void start(const EvoformerArguments &a, const Head &at, bool present) {
+        mask = static_cast<const unsigned char *>(a.mask.data) + at.b * a.mask.stride[0] +
+               at.s * a.mask.stride[1] + lane() * a.mask.stride[2];
+        if (MASK_BIAS)
+            bias = static_cast<const Element *>(a.mask_bias.data) + at.b * a.mask_bias.stride[0] +
+                   at.s * a.mask_bias.stride[1] + lane() * a.mask_bias.stride[4];
+        left = present ? static_cast<int>(a.K) - lane() : 0;
+    }
+
+    // The next tile's.
+    __device__ void read(const EvoformerArguments &a) {
+#pragma unroll
+        for (int part = 0; part < BLOCK / 32; ++part) {
+            const bool there = left > 32 * part;
+            raw[part].mask = there;
+            round_to(0.0f, &raw[part].bias);
+            if (there && a.mask.data != nullptr) raw[part].mask = mask[32 * part * a.mask.stride[2]];
+            if (MASK_BIAS && there) raw[part].bias = bias[32 * part * a.mask_bias.stride[4]];
+        }
+        left -= BLOCK;
+        mask += BLOCK * a.mask.stride[2];
+        if (MASK_BIAS) bias += BLOCK * a.mask_bias.stride[4];
+    }
+
+    // Tells of the tile that was read, and returns a bit for each of the lane's keys. Where there is a mask
+    // bias, it is what is to be added to logits, −inf where the key is dropped; where there is none, what is to
+    // be added before they are scaled.
+    __device__ unsigned tell(const EvoformerArguments &a, Additions &mask, KeptKeys &kept) const {
+        unsigned ours = 0;
+#pragma unroll
+        for (int part = 0; part < BLOCK / 32; ++part) {
+            const bool keep = raw[part].mask != 0;
+            Element *place = mask.of(lane() + 32 * part);
+            if (MASK_BIAS && keep)
+                *place = raw[part].bias;
+            else
+                round_to(keep ? 0.0f : MASK_BIAS || a.scale > 0 ? -infinity() : infinity(), place);
+            const unsigned word = __ballot_sync(ALL_LANES, keep);
+            if (lane() == 0) kept.word[part] = word;
+            ours |= keep << part;
+        }
+        return ours;
+    }
+
+    // Makes zeros of the lane's keys that are dropped, which must not be seen (rule EVO-4).
+    __device__ static void clear(unsigned kept, Boxes<BLOCK> &k, Boxes<BLOCK> &v) {
+#pragma unroll
+        for (int part = 0; part < BLOCK / 32; ++part)
+            if ((kept >> part & 1) == 0) k.clear(lane() + 32 * part), v.clear(lane() + 32 * part);
+    }
+};
 
 // --- The warps that copy ---------------------------------------------------------------------------
 
 __device__ inline int copier() { return static_cast<int>(threadIdx.x) - MULTIPLYING; }
-
-// Some threads' part in copying rows of 16-byte pieces into columns: each has the same piece of every
-// AT_ONCE-th row.
-template <int THREADS>
-struct RowCopier {
-    static constexpr int AT_ONCE = THREADS / (PIECES == 6 ? 8 : PIECES);  // a divisor of every SIZE
-
-    int row, piece;
-    bool there;  // whether the thread has any, and they have channels
-
-    __device__ RowCopier(const EvoformerArguments &a, int thread)
-        : row(thread / PIECES), piece(thread % PIECES),
-          there(thread < AT_ONCE * PIECES && 8 * piece < static_cast<int>(a.D)) {}
-
-    __device__ const Element *first(const Element *origin, int64 stride) const {
-        return origin + row * stride + 8 * piece;
-    }
-
-    // Zeros in rows that are not wanted, which are not even read (rule EVO-4), and beyond D. `from` is
-    // the thread's first piece.
-    template <int SIZE, class Wanted>
-    __device__ void copy(Columns<SIZE> &tile, const Element *from, int64 stride,
-                         const Wanted &wanted) const {
-        if (row >= AT_ONCE) return;
-        uint4 *to = &tile.piece[piece][row];
-#pragma unroll 4
-        for (int i = 0; i < SIZE; i += AT_ONCE) {
-            cp_async_16(to + i, from, there && wanted(i));
-            from += AT_ONCE * stride;
-        }
-    }
-
-    // The same, of the tile's rows from `first` on, where a row that is wanted has its bit, or `all` are and
-    // have all channels: what a copy takes besides itself is then to know where from.
-    template <int SIZE, int WORDS>
-    __device__ void copy(Columns<SIZE> &tile, const Element *from, int64 stride,
-                         const unsigned (&wanted)[WORDS], bool all, int first = 0) const {
-        static_assert(32 % AT_ONCE == 0, "a thread's rows have the same bits of all words");
-        if (row >= AT_ONCE) return;
-        uint4 *to = &tile.piece[piece][first + row + unknown_zero()];
-        if (all) {
-#pragma unroll 16
-            for (int i = 0; i < 32 * WORDS; i += AT_ONCE) {
-                cp_async_16(to + i, from);
-                from = anew(from + AT_ONCE * stride);
-            }
-            return;
-        }
-#pragma unroll
-        for (int word = 0; word < WORDS; ++word) {
-            const unsigned ours = there ? wanted[word] >> row : 0;
-#pragma unroll
-            for (int i = 0; i < 32; i += AT_ONCE) {
-                cp_async_16(to + 32 * word + i, from, (ours >> i & 1) != 0);
-                from = anew(from + AT_ONCE * stride);
-            }
-        }
-    }
-};
 
 // --- Results ---------------------------------------------------------------------------------------
 

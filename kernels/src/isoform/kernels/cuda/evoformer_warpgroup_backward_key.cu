@@ -12,7 +12,6 @@
 // Defines: as in evoformer_warpgroup.cuh, and GROUPS, ACROSS; BLOCK, of queries, is 64.
 
 #define TEAMS (GROUPS * ACROSS)
-#define BIAS_COLUMNS (64 * GROUPS)
 #include "evoformer_mask_bias.cuh"
 #include "evoformer_warpgroup.cuh"
 #include "evoformer_warpgroup_backward.cuh"
@@ -22,8 +21,8 @@ constexpr int KEYS = 64 * GROUPS;
 static_assert(BLOCK == 64, "two queries a lane of those that copy");
 static_assert(STAGES > 1, "a tile is released when the next has begun");
 
-using KeyRows = Columns<KEYS>;
-using QueryRows = Columns<BLOCK>;
+using KeyRows = Boxes<KEYS>;
+using QueryRows = Boxes<BLOCK>;
 
 // What a tile of queries brings besides q and ō, as all lanes need it.
 struct alignas(16) Queries {
@@ -32,16 +31,22 @@ struct alignas(16) Queries {
     uint2 any_careful, unused;      // whether one has a key; whether one takes care
 };
 
-struct Stage {
+struct alignas(1024) Stage {
+    SwizzledRow pair_bias[GROUPS][BLOCK];
     QueryRows q[ACROSS], cotangent[ACROSS];
-    BiasRow pair_bias[BLOCK];
     Queries queries[ACROSS];
 };
 
 struct Shared {
-    KeyRows k[ACROSS], v[ACROSS];
     Stage stage[STAGES];
-    Signal keys_there, keys_done, there[STAGES], done[STAGES];
+    KeyRows k[ACROSS], v[ACROSS];
+    Signal keys_fetched, keys_there, keys_done, fetched[STAGES], there[STAGES], done[STAGES];
+};
+
+// What the kernel is given: the operands, and how the tiles that it fetches lie.
+struct Given {
+    EvoformerArguments a;
+    TileMap k, v, q, cotangent, pair_bias;
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
@@ -50,55 +55,79 @@ using Work = Place<KEYS, ACROSS>;  // of key/value heads
 
 // --- The warps that copy -------------------------------------------------------------------------
 
-// Copies all that the block multiplies, in the order in which it does. Of the four warps, two copy k and q
-// and the others the `second` of both, v and ō, of every second row s. The pair bias is shared by those that
-// have fewer rows.
-template <bool second>
-__device__ void copy(const EvoformerArguments &a, Shared &shared) {
-    constexpr int ROWS_EACH = (ACROSS + 1) / 2, WORDS = KEYS / 32;
-    constexpr int PER_ROW = KEYS / 8, OF_BIAS = ACROSS == 3 ? COPYING / 2 : COPYING;
-    constexpr int AT_ONCE = PER_ROW == 24 ? 4 : OF_BIAS / PER_ROW;  // a divisor of BLOCK
-    const Operand &x = second ? a.dout : a.q, &y = second ? a.v : a.k;
-    const int64 stride = x.stride[2];
-    const int of_bias = copier() - (COPYING - OF_BIAS);
-    const int row = of_bias / PER_ROW, column = of_bias % PER_ROW * 8;
-    const int first_row = copier() / 64;
-    const RowCopier<32> of_rows(a, lane());
-    const bool whole = a.D == HEAD_DIM;
+// Fetches all that the block multiplies, in the order in which it does: one thread.
+__device__ void fetch(const Given &given, Shared &shared) {
+    const EvoformerArguments &a = given.a;
+    const int heads = static_cast<int>(a.H / a.G), queries = static_cast<int>(a.Q);
+    const unsigned last = Work::count(a, a.K, a.G);
+    Turn turn;
+    unsigned phase = 0;
+    for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
+        const Work place(a, a.K, a.G, work);
+        const int b = static_cast<int>(place.at.b), s = static_cast<int>(place.at.s);
+        const int g = static_cast<int>(place.at.h), key = static_cast<int>(place.first);
+        wait_for(&shared.keys_done, 1 - phase);
+        arrive_expecting(&shared.keys_fetched, sizeof(shared.k) + sizeof(shared.v));
+#pragma unroll 1
+        for (int r = 0; r < ACROSS; ++r) {
+            fetch_rows(shared.k[r], given.k, key, g, s + r, b, &shared.keys_fetched);
+            fetch_rows(shared.v[r], given.v, key, g, s + r, b, &shared.keys_fetched);
+        }
+#pragma unroll 1
+        for (int h = g * heads; h < (g + 1) * heads; ++h)
+#pragma unroll 1
+            for (int query = 0; query < queries; query += BLOCK, ++turn.count) {
+                Stage &stage = shared.stage[turn.stage()];
+                Signal *fetched = &shared.fetched[turn.stage()];
+                wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+                arrive_expecting(fetched, sizeof(stage.pair_bias) + sizeof(stage.q) +
+                                              sizeof(stage.cotangent));
+#pragma unroll
+                for (int i = 0; i < GROUPS; ++i)
+                    fetch_tile(stage.pair_bias[i], given.pair_bias, key + 64 * i, query, h, 0, b,
+                               fetched);
+#pragma unroll 1
+                for (int r = 0; r < ACROSS; ++r) {
+                    fetch_rows(stage.q[r], given.q, query, h, s + r, b, fetched);
+                    fetch_rows(stage.cotangent[r], given.cotangent, query, h, s + r, b, fetched);
+                }
+            }
+    }
+}
+
+constexpr int TELLING = ACROSS < 3 ? ACROSS : 3;  // warps
+
+// Tells of the queries, and makes zeros of keys that are dropped and of queries without a key, which must not
+// be seen (rule EVO-4): each of the other warps does some of the rows s.
+__device__ void tell(const EvoformerArguments &a, Shared &shared) {
+    constexpr int ROWS_EACH = (ACROSS + TELLING - 1) / TELLING;
+    const int first_row = copier() / 32 - 1;
     const int heads = static_cast<int>(a.H / a.G);
     const unsigned last = Work::count(a, a.K, a.G);
     Turn turn;
     unsigned phase = 0;
     for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
         const Work place(a, a.K, a.G, work);
-        const int keys = clamp(a.K - place.first, 0, KEYS);
-        const int rows = (clamp(a.S - place.at.s, 0, ACROSS) - first_row + 1) / 2;  // of the warp's
-        bool keep[ROWS_EACH][WORDS];  // the lane's of every 32 keys
-#pragma unroll
-        for (int i = 0; i < ROWS_EACH; ++i)
-#pragma unroll
-            for (int word = 0; word < WORDS; ++word)
-                keep[i][word] = i < rows && kept(a, place.row(first_row + 2 * i),
-                                                 place.first + 32 * word + lane());
-
-        wait_for(&shared.keys_done, 1 - phase);
+        const auto present = [&](int i) {
+            return first_row + TELLING * i < ACROSS && place.at.s + first_row + TELLING * i < a.S;
+        };
+        wait_for(&shared.keys_fetched, phase);
 #pragma unroll
         for (int i = 0; i < ROWS_EACH; ++i) {
-            const int r = first_row + 2 * i;
-            if (r >= ACROSS) break;
-            unsigned wanted[WORDS], all = ALL_LANES;
-#pragma unroll
-            for (int word = 0; word < WORDS; ++word)
-                all &= wanted[word] = __ballot_sync(ALL_LANES, keep[i][word]);
-            const Element *first = channels_of(y, place.row(r), place.first);
-            of_rows.copy(second ? shared.v[r] : shared.k[r], of_rows.first(first, y.stride[2]),
-                         y.stride[2], wanted, whole && all == ALL_LANES);
+            const int r = first_row + TELLING * i;
+            if (present(i))
+#pragma unroll 1
+                for (int j = lane(); j < KEYS; j += 32)
+                    if (!kept(a, place.row(r), place.first + j))
+                        shared.k[r].clear(j), shared.v[r].clear(j);
         }
-        arrive_with_copies(&shared.keys_there);
+        shared_for_warpgroups();
+        __syncwarp();
+        if (lane() == 0) arrive(&shared.keys_there);
 
+#pragma unroll 1
         for (int h = 0; h < heads; ++h) {
             const Head at = {place.at.b, place.at.s + first_row, place.at.h * heads + h};
-            const Element *from = of_rows.first(channels_of(x, at, 0), stride);
             const Told *next = told_of(a, number_of(a, at, lane()));
             Told ahead[ROWS_EACH][2];  // of the lane's two queries of the next tile
             const auto read = [&](int left) {
@@ -106,69 +135,51 @@ __device__ void copy(const EvoformerArguments &a, Shared &shared) {
                 for (int i = 0; i < ROWS_EACH; ++i)
 #pragma unroll
                     for (int part = 0; part < 2; ++part)
-                        ahead[i][part] = i < rows && left > 32 * part
-                                            ? next[i * 2 * a.H * a.Q + 32 * part]
+                        ahead[i][part] = present(i) && left > 32 * part
+                                            ? next[i * TELLING * a.H * a.Q + 32 * part]
                                             : Told{infinity(), 0.0f};
                 next += BLOCK;
             };
             read(static_cast<int>(a.Q) - lane());
-            const Operand &bias = a.pair_bias;
-            const Element *pair_bias = static_cast<const Element *>(bias.data) +
-                                       place.at.b * bias.stride[0] +
-                                       (place.at.h * heads + h) * bias.stride[2] +
-                                       row * bias.stride[3] + place.first + column;
+#pragma unroll 1
             for (int left = static_cast<int>(a.Q); left > 0; left -= BLOCK, ++turn.count) {
-                Told told[ROWS_EACH][2];
-#pragma unroll
-                for (int i = 0; i < ROWS_EACH; ++i)
-#pragma unroll
-                    for (int part = 0; part < 2; ++part) told[i][part] = ahead[i][part];
-                read(left - BLOCK - lane());  // and until the next tile it has come
                 Stage &stage = shared.stage[turn.stage()];
                 wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-                if (of_bias >= 0 && row < AT_ONCE) {
-                    BiasRow *to = stage.pair_bias + row;
-                    if (keys == KEYS && left >= BLOCK) {
-#pragma unroll
-                        for (int i = 0; i < BLOCK; i += AT_ONCE) {
-                            cp_async_16(to[i] + column, pair_bias);
-                            pair_bias = anew(pair_bias + AT_ONCE * bias.stride[3]);
-                        }
-                    } else {
-#pragma unroll 1
-                        for (int i = 0; i < BLOCK; i += AT_ONCE) {
-                            cp_async_16(to[i] + column, pair_bias, i + row < left && column < keys);
-                            pair_bias = anew(pair_bias + AT_ONCE * bias.stride[3]);
-                        }
-                    }
-                }
+                bool dead[ROWS_EACH][2];
 #pragma unroll
                 for (int i = 0; i < ROWS_EACH; ++i) {
-                    const int r = first_row + 2 * i;
+                    const int r = first_row + TELLING * i;
                     if (r >= ACROSS) break;
                     Queries &of = stage.queries[r];
-                    unsigned alive[2];
                     bool careful = false;
 #pragma unroll
                     for (int part = 0; part < 2; ++part) {
-                        const Told &one = told[i][part];
-                        alive[part] = __ballot_sync(ALL_LANES, !one.dead());
-                        if (second) continue;
+                        const Told &one = ahead[i][part];
+                        dead[i][part] = one.dead(), careful |= one.careful();
                         const int j = lane() + 32 * part;
                         of.shift[j] = one.shift;
                         float *start = reinterpret_cast<float *>(&of.minus_delta[j / 2]) + j % 2;
                         start[0] = start[2] = one.minus_delta;
-                        careful |= __any_sync(ALL_LANES, one.careful());
                     }
-                    if (!second && lane() == 0)
-                        of.any_careful = {alive[0] | alive[1], careful};
-                    of_rows.copy(second ? stage.cotangent[r] : stage.q[r],
-                                 from + i * 2 * x.stride[1], stride, alive,
-                                 whole && (alive[0] & alive[1]) == ALL_LANES);
+                    const bool any = __any_sync(ALL_LANES, !(dead[i][0] && dead[i][1]));
+                    careful = __any_sync(ALL_LANES, careful);
+                    if (lane() == 0) of.any_careful = {any, careful};
                 }
-                from += BLOCK * stride;
-                arrive_with_copies(&shared.there[turn.stage()]);
-                arrive(&shared.there[turn.stage()]);
+                read(left - BLOCK - lane());  // and until the next tile it has come
+                wait_for(&shared.fetched[turn.stage()], turn.phase());
+#pragma unroll
+                for (int i = 0; i < ROWS_EACH; ++i) {
+                    const int r = first_row + TELLING * i;
+                    if (r >= ACROSS) break;
+#pragma unroll
+                    for (int part = 0; part < 2; ++part)
+                        if (dead[i][part])
+                            stage.q[r].clear(lane() + 32 * part),
+                                stage.cotangent[r].clear(lane() + 32 * part);
+                }
+                shared_for_warpgroups();
+                __syncwarp();
+                if (lane() == 0) arrive(&shared.there[turn.stage()]);
             }
         }
     }
@@ -181,6 +192,9 @@ using Logits = float[CHUNK / 8][4];
 // Whether sums may be under way while the next logits are. Where they may change their unit, the assembler
 // does not see that they are not under way then.
 constexpr bool LATE = ELEMENT == 2;
+
+// Whether the warp's keys are in registers; otherwise products read them where they are.
+constexpr bool IN_REGISTERS = TEAMS < 4;
 
 // What a warp has of its sixteen keys of one row s, and sums for them: of lane / 4 and lane / 4 + 8.
 struct Own {
@@ -197,27 +211,32 @@ struct Own {
             for (int e = 0; e < 4; ++e) dk[n][e] = dv[n][e] = 0.0f;
     }
 
-    // Adds a tile of queries, of which the first has the `number`, and where the warp's keys have the pair
-    // bias from `column` on; `dp` is as its products begin. When the sums that were under way are done,
+    // Adds a tile of queries, of which the first has the `number`, where the warp's keys are from `own` on and
+    // have the `pair_bias`; `dp` is as its products begin. When the sums that were under way are done,
     // `before` is called; those of the last chunk are under way at the end.
     //
     // What is in shared memory is fetched while products are under way, which is not seen by the compiler.
     template <bool CAREFUL, class Before>
-    __device__ void add(const EvoformerArguments &a, const QueryRows &q, const QueryRows &cotangent,
-                        const BiasRow *pair_bias, int column, const Queries &queries, Logits &dp,
-                        int64 number, const Before &before) {
+    __device__ void add(const EvoformerArguments &a, const KeyRows &keys, const KeyRows &values, int own,
+                        const QueryRows &q, const QueryRows &cotangent, const SwizzledRow *pair_bias,
+                        const Queries &queries, Logits &dp, int64 number, const Before &before) {
         Logits s;
 #pragma unroll
         for (int first = 0; first < BLOCK; first += CHUNK) {
             warpgroup_begin();
-            multiply_rows(s, k, q, first);
-            multiply_rows(dp, v, cotangent, first, true);
+            if (IN_REGISTERS) {
+                multiply_rows(s, k, q, first);
+                multiply_rows(dp, v, cotangent, first, true);
+            } else {
+                multiply_rows(s, keys, own, q, first);
+                multiply_rows(dp, values, own, cotangent, first, true);
+            }
             warpgroup_commit();
             if (LATE) warpgroup_wait<1>();
             if (first == 0) before();
             unsigned biases[CHUNK / 16][4];
             float2 shifts[CHUNK / 8];
-            fetch_biases(biases, pair_bias + first, column);
+            fetch_biases(biases, pair_bias + first, own % 64);
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n)
                 shifts[n] = *reinterpret_cast<const float2 *>(queries.shift + first + 8 * n +
@@ -282,12 +301,12 @@ struct Own {
     }
 
     // Of sixteen queries each: of keys, keys + 8; then of the next eight queries.
-    __device__ static void fetch_biases(unsigned (&biases)[CHUNK / 16][4], const BiasRow *pair_bias,
+    __device__ static void fetch_biases(unsigned (&biases)[CHUNK / 16][4], const SwizzledRow *pair_bias,
                                         int column) {
 #pragma unroll
         for (int n = 0; n < CHUNK / 16; ++n)
-            ldmatrix_x4_trans(biases[n], pair_bias[16 * n + lane() % 8 + 8 * (lane() / 16)] + column +
-                                             8 * (lane() / 8 % 2));
+            ldmatrix_x4_trans(biases[n], pair_bias[16 * n + lane() % 8 + 8 * (lane() / 16)].piece(
+                                             column / 8 + lane() / 8 % 2, lane()));
     }
 
     // Products become logits (rule EVO-2), whatever those of a dropped key: its sums are not looked at.
@@ -360,10 +379,15 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
         }
         wait_for(&shared.keys_there, phase);
         __syncwarp();
-        load_left(sums.k, shared.k[r], own);
-        load_left(sums.v, shared.v[r], own);
-        __syncwarp();
-        if (lane() == 0) arrive(&shared.keys_done);
+        const auto keys_done = [&] {
+            __syncwarp();
+            if (lane() == 0) arrive(&shared.keys_done);
+        };
+        if (IN_REGISTERS) {
+            load_left(sums.k, shared.k[r], own);
+            load_left(sums.v, shared.v[r], own);
+            keys_done();
+        }
 
         Signal *used = nullptr;  // of the tile before, of which sums may be under way
         const auto release = [&] {
@@ -376,19 +400,20 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
             wait_for(&shared.there[turn.stage()], turn.phase());
             __syncwarp();
             const Queries &queries = stage.queries[r];
+            const SwizzledRow *pair_bias = stage.pair_bias[team % GROUPS];
             const uint2 any_careful = queries.any_careful;
             Logits dp;  // read with that, needed or not
             Own::begin(dp, queries, 0);
             if (any_careful.x != 0) {
-                shared_for_warpgroups();
                 if (any_careful.y != 0) {
                     rarely();
                     const Head head = {at.b, at.s, at.h * (a.H / a.G) + t / tiles};
-                    sums.add<true>(a, stage.q[r], stage.cotangent[r], stage.pair_bias, own, queries,
-                                   dp, number_of(a, head, t % tiles * BLOCK), release);
+                    sums.add<true>(a, shared.k[r], shared.v[r], own, stage.q[r], stage.cotangent[r],
+                                   pair_bias, queries, dp, number_of(a, head, t % tiles * BLOCK),
+                                   release);
                 } else
-                    sums.add<false>(a, stage.q[r], stage.cotangent[r], stage.pair_bias, own, queries,
-                                    dp, 0, release);
+                    sums.add<false>(a, shared.k[r], shared.v[r], own, stage.q[r], stage.cotangent[r],
+                                    pair_bias, queries, dp, 0, release);
             } else {
                 warpgroup_wait();
                 release();
@@ -398,6 +423,7 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
         warpgroup_wait();
         warpgroup_results(sums.dk), warpgroup_results(sums.dv);
         release();
+        if (!IN_REGISTERS) keys_done();
         if (!present) continue;
 
         if (a.mask_bias_parts != nullptr) {
@@ -418,28 +444,29 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
 }
 
 extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
-    evoformer_warpgroup_backward_key(const EvoformerArguments a) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    evoformer_warpgroup_backward_key(const __grid_constant__ Given given) {
+    extern __shared__ __align__(1024) unsigned char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
 
     if (threadIdx.x == 0) {
-        expect(&shared.keys_there, COPYING), expect(&shared.keys_done, MULTIPLYING / 32);
-        for (int i = 0; i < STAGES; ++i) {
-            // by each thread that copies twice: with its copies, and with what it has written itself
-            expect(&shared.there[i], 2 * COPYING), expect(&shared.done[i], MULTIPLYING / 32);
-        }
+        expect(&shared.keys_fetched, 1), expect(&shared.keys_there, TELLING);
+        expect(&shared.keys_done, MULTIPLYING / 32);
+        for (int i = 0; i < STAGES; ++i)
+            expect(&shared.fetched[i], 1), expect(&shared.there[i], TELLING),
+                expect(&shared.done[i], MULTIPLYING / 32);
     }
+    shared_for_warpgroups();
     __syncthreads();
 
     if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
         take_fewer_registers<FEWER>();
-        if (copier() / 32 % 2 == 0)
-            copy<false>(a, shared);
-        else
-            copy<true>(a, shared);
+        if (copier() == 0)
+            fetch(given, shared);
+        else if (copier() >= 32 && copier() < 32 * (1 + TELLING))
+            tell(given.a, shared);
     } else {
         take_more_registers<MORE>();
-        multiply(a, shared);
+        multiply(given.a, shared);
     }
 }
 

@@ -3,8 +3,8 @@
 // registers; the rows s stream by, all of them or a part. Of S = Q Kᵀ and dP = Ō Vᵀ a team has CHUNK keys at a
 // time.
 //
-// Products begin with what the mask and the mask bias say of a key, over scale; in rows where they say
-// nothing, with 0, which costs nothing.
+// What the mask says of a key is added to its products. Where there is a mask bias, or no room for that, products
+// begin with what both say, over scale; in rows where they say nothing, with 0, which costs nothing.
 //
 // Where tiles alone do not fill the GPU, a.parts blocks share the rows of one. Their sums are added up in
 // memory, one after the other, warp by warp, so that equal calls give equal bits. A block's number is drawn
@@ -22,8 +22,10 @@ constexpr int QUERIES = 64 * GROUPS, KEYS = 64 * ACROSS;
 constexpr int KEY_TILES = 64 / 8;  // of a team
 constexpr int WARPS_MULTIPLYING = 4 * TEAMS;
 
-using QueryRows = Columns<QUERIES>;
-using KeyRows = Columns<KEYS>;
+constexpr bool ADDED = !MASK_BIAS && KEYS <= 128;  // what the mask says
+
+using QueryRows = Boxes<QUERIES>;
+using KeyRows = Boxes<KEYS>;
 
 // What a row s says of 64 keys.
 enum Kept : unsigned { NONE_KEPT, SOME_KEPT, ALL_ALIKE };  // the last: all, and there is no mask bias
@@ -31,11 +33,14 @@ enum Kept : unsigned { NONE_KEPT, SOME_KEPT, ALL_ALIKE };  // the last: all, and
 // What a warp has to do for its queries: those of its team have no keys, or its own; one of them takes care.
 enum Way : unsigned { TEAM_HAS_NONE, WARP_HAS_NONE, QUICKLY, CAREFULLY };
 
-struct Stage {
+struct alignas(256) Stage {
     QueryRows q, cotangent;
     KeyRows k, v;
+    union {
+        Additions mask[ADDED ? ACROSS : 1];  // to products
+        float start[KEYS];  // or as they begin; not written where all keys are alike
+    };
     float2 shift[QUERIES / 2], minus_delta[QUERIES / 2];  // of queries r and r + 8 of each sixteen
-    float start[KEYS];                 // as products begin; not written where all keys are alike
     float bias[MASK_BIAS ? KEYS : 4];  // the mask bias
     unsigned kept[KEYS / 32];          // a bit for each key
     Kept keys[ACROSS];                 // of each 64
@@ -57,9 +62,16 @@ struct Common {
     Stage stage[STAGES];
     uint4 pair_bias[KEY_TILES / 2][MULTIPLYING];  // as it came: of eight logits of a lane
     Part place;
+    Halves halves;
     int zero;     // whose readers do not know that it is: see again()
     int strange;  // a bit for each warp that multiplies: whether it always takes care
-    Signal there[STAGES], done[STAGES];
+    Signal fetched[STAGES], there[STAGES], done[STAGES];
+};
+
+// What the kernels are given: the operands, and how the tiles that they fetch lie.
+struct Given {
+    EvoformerArguments a;
+    TileMap q, cotangent, k, v;
 };
 
 __device__ inline Part place_of(const EvoformerArguments &a) {
@@ -81,57 +93,196 @@ __device__ inline Part place_of(const EvoformerArguments &a) {
 __device__ inline bool no_scale(const EvoformerArguments &a) { return fabsf(a.scale) < 1e-30f; }
 __device__ inline float scale_of(const EvoformerArguments &a) { return no_scale(a) ? 1.0f : a.scale; }
 
-// --- What is told, by the warps that copy ---------------------------------------------------------
+// --- The warps that copy ---------------------------------------------------------------------------
+//
+// One thread fetches; another warp tells of the queries, and each of two more of half of the keys.
 
-constexpr int QUERY_WORDS = QUERIES / 32;
-
-// Says what is told of the queries of a row s, of 32 times each that of the lane's; `live` and `careful` have a
-// bit for each.
-__device__ inline void say(Stage &stage, const Told (&told)[QUERY_WORDS],
-                           const unsigned (&live)[QUERY_WORDS], const unsigned (&careful)[QUERY_WORDS]) {
-#pragma unroll
-    for (int i = 0; i < QUERY_WORDS; ++i) {
-        const int at = 32 * i + lane() / 16 * 16 + lane() % 8 * 2 + lane() / 8 % 2;
-        reinterpret_cast<float *>(stage.shift)[at] = told[i].shift;
-        reinterpret_cast<float *>(stage.minus_delta)[at] = told[i].minus_delta;
+// Fetches all rows, in the order in which they are multiplied.
+__device__ inline void fetch(const Given &given, Common &shared) {
+    const Part &place = shared.place;
+    const int query = static_cast<int>(place.first_query), key = static_cast<int>(place.first_key);
+    const int b = static_cast<int>(place.at.b), h = static_cast<int>(place.at.h);
+    const int g = static_cast<int>(group_of(given.a, place.at).h), rows = place.rows;
+    int s = static_cast<int>(place.at.s);
+    Turn turn;
+#pragma unroll 1
+    for (int n = 0; n < rows; ++n, ++s, ++turn.count) {
+        Stage &stage = shared.stage[turn.stage()];
+        Signal *fetched = &shared.fetched[turn.stage()];
+        wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+        arrive_expecting(fetched, 2 * (sizeof(stage.q) + sizeof(stage.k)));
+        fetch_rows(stage.q, given.q, query, h, s, b, fetched);
+        fetch_rows(stage.k, given.k, key, g, s, b, fetched);
+        fetch_rows(stage.cotangent, given.cotangent, query, h, s, b, fetched);
+        fetch_rows(stage.v, given.v, key, g, s, b, fetched);
     }
-    unsigned team = 0, warp = 0, care = 0;  // of which the lane says it
-#pragma unroll
-    for (int i = 0; i < QUERIES / 16; ++i)
-        if (lane() == i) {
-            team = live[i / 4 * 2] | live[i / 4 * 2 + 1];
-            warp = live[i / 2] >> i % 2 * 16 & 0xffffu;
-            care = careful[i / 2] >> i % 2 * 16 & 0xffffu;
-        }
-    if (lane() < QUERIES / 16)
-        stage.way[lane()] = care != 0   ? CAREFULLY
-                            : warp != 0 ? QUICKLY
-                            : team != 0 ? WARP_HAS_NONE
-                                        : TEAM_HAS_NONE;
 }
 
-// Says what the mask and the mask bias say of keys of a row s, from `first` of the block on, likewise; `unlike`
-// has a bit for each that does not begin with 0. Products begin with the mask bias times `over`, or as
-// `dropped` ones do.
-template <int WORDS>
-__device__ inline void say(Stage &stage, int first, const unsigned char (&keep)[WORDS],
-                           const Element (&add)[WORDS], const unsigned (&kept)[WORDS],
-                           const unsigned (&unlike)[WORDS], float over, float dropped) {
+constexpr int TELLING = 3;  // warps
+
+// The warp's part of a stage is told of, and products find it.
+__device__ inline void told(Common &shared, int stage) {
+    shared_for_warpgroups();
+    __syncwarp();
+    if (lane() == 0) arrive(&shared.there[stage]);
+}
+
+// Tells of the queries of all rows, and makes zeros of those without a key.
+__device__ inline void tell_queries(const EvoformerArguments &a, Common &shared) {
+    constexpr int WORDS = QUERIES / 32;
+    const Part &place = shared.place;
+    const int rows = place.rows, left = clamp(a.Q - place.first_query, 0, QUERIES) - lane();
+    const int64 step = a.H * a.Q;
+    const bool none = no_scale(a);
+    const Told *next = told_of(a, number_of(a, place.at, place.first_query)) + lane();
+    Told ahead[WORDS];  // of the next row
+    const auto read = [&] {
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-        const int j = first + 32 * i + lane();
-        const float y = to_float(add[i]);
-        if (MASK_BIAS) stage.bias[j] = y;
-        if ((unlike[i / 2 * 2] | unlike[i / 2 * 2 + 1]) != 0)
-            stage.start[j] = keep[i] != 0 ? MASK_BIAS ? y * over : 0.0f : dropped;
-        if (lane() == 0) {
-            stage.kept[first / 32 + i] = kept[i];
-            if (i % 2 == 1)
-                stage.keys[first / 64 + i / 2] = (kept[i - 1] | kept[i]) == 0       ? NONE_KEPT
-                                                 : (unlike[i - 1] | unlike[i]) != 0 ? SOME_KEPT
-                                                                                    : ALL_ALIKE;
+        for (int i = 0; i < WORDS; ++i) ahead[i] = 32 * i < left ? next[32 * i] : Told{infinity(), 0.0f};
+        next += step;
+    };
+    if (rows > 0) read();
+    Turn turn;
+#pragma unroll 1
+    for (int n = 0; n < rows; ++n, ++turn.count) {
+        Stage &stage = shared.stage[turn.stage()];
+        wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+        bool dead[WORDS];
+        unsigned live[WORDS], careful[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            const int at = 32 * i + lane() / 16 * 16 + lane() % 8 * 2 + lane() / 8 % 2;
+            reinterpret_cast<float *>(stage.shift)[at] = ahead[i].shift;
+            reinterpret_cast<float *>(stage.minus_delta)[at] = ahead[i].minus_delta;
+            dead[i] = ahead[i].dead();
+            live[i] = __ballot_sync(ALL_LANES, !dead[i]);
+            careful[i] = __ballot_sync(ALL_LANES, ahead[i].careful());
         }
+        unsigned team = 0, warp = 0, care = 0;  // of which the lane says it
+#pragma unroll
+        for (int i = 0; i < QUERIES / 16; ++i)
+            if (lane() == i) {
+                team = live[i / 4 * 2] | live[i / 4 * 2 + 1];
+                warp = live[i / 2] >> i % 2 * 16 & 0xffffu;
+                care = careful[i / 2] >> i % 2 * 16 & 0xffffu;
+            }
+        if (lane() < QUERIES / 16)
+            stage.way[lane()] = care != 0   ? CAREFULLY
+                                : warp != 0 ? QUICKLY
+                                : team != 0 ? WARP_HAS_NONE
+                                            : TEAM_HAS_NONE;
+        if (n + 1 < rows) read();
+        wait_for(&shared.fetched[turn.stage()], turn.phase());
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            if (dead[i] || none) stage.q.clear(32 * i + lane());
+            if (dead[i]) stage.cotangent.clear(32 * i + lane());
+        }
+        told(shared, turn.stage());
     }
+}
+
+// Tells of half of the keys of all rows, and makes zeros of those that are dropped. What is beyond the keys is
+// dropped too: its weights could be infinite.
+__device__ inline void tell_keys(const EvoformerArguments &a, Common &shared, int half) {
+    constexpr int OWN = KEYS / 2, WORDS = OWN / 32;
+    static_assert(OWN % 64 == 0, "who says what a team's keys are knows all of them");
+    const Part &place = shared.place;
+    const int rows = place.rows, first = half * OWN;
+    const int keys = clamp(a.K - place.first_key - first, 0, OWN) - lane();
+    const bool masked = a.mask.data != nullptr;
+    const float scale = scale_of(a), dropped = scale > 0.0f ? -infinity() : infinity();
+    const unsigned char *mask = static_cast<const unsigned char *>(a.mask.data) +
+                                place.at.b * a.mask.stride[0] + place.at.s * a.mask.stride[1] +
+                                (place.first_key + first + lane()) * a.mask.stride[2];
+    const Element *bias = static_cast<const Element *>(a.mask_bias.data) +
+                          place.at.b * a.mask_bias.stride[0] + place.at.s * a.mask_bias.stride[1] +
+                          (place.first_key + first + lane()) * a.mask_bias.stride[4];
+    unsigned char keep[WORDS];  // of the next row
+    Element add[WORDS];
+    const auto read = [&] {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            const bool present = 32 * i < keys;
+            keep[i] = present;
+            if (masked && present) keep[i] = mask[32 * i * a.mask.stride[2]];
+            round_to(0.0f, add + i);
+            if (MASK_BIAS && present) add[i] = bias[32 * i * a.mask_bias.stride[4]];
+        }
+        if (masked) mask += a.mask.stride[1];
+        if (MASK_BIAS) bias += a.mask_bias.stride[1];
+    };
+    if (rows > 0) read();
+    Turn turn;
+#pragma unroll 1
+    for (int n = 0; n < rows; ++n, ++turn.count) {
+        Stage &stage = shared.stage[turn.stage()];
+        wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+        bool there[WORDS];
+        unsigned kept[WORDS], unlike[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            there[i] = keep[i] != 0;
+            kept[i] = __ballot_sync(ALL_LANES, there[i]);
+            unlike[i] =
+                __ballot_sync(ALL_LANES, !there[i] || (MASK_BIAS && to_float(add[i]) != 0.0f));
+        }
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            const int j = first + 32 * i + lane();
+            if (ADDED) {
+                round_to(there[i] ? 0.0f : dropped, stage.mask[ADDED ? j / 64 : 0].of(j % 64));
+            } else {
+                const float y = to_float(add[i]);
+                if (MASK_BIAS) stage.bias[j] = y;
+                if ((unlike[i / 2 * 2] | unlike[i / 2 * 2 + 1]) != 0)
+                    stage.start[j] = there[i] ? y / scale : dropped;
+            }
+            if (lane() == 0) {
+                stage.kept[first / 32 + i] = kept[i];
+                if (i % 2 == 1)
+                    stage.keys[first / 64 + i / 2] = (kept[i - 1] | kept[i]) == 0       ? NONE_KEPT
+                                                     : (unlike[i - 1] | unlike[i]) != 0 ? SOME_KEPT
+                                                                                        : ALL_ALIKE;
+            }
+        }
+        if (n + 1 < rows) read();
+        wait_for(&shared.fetched[turn.stage()], turn.phase());
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i)
+            if (!there[i]) {
+                const int j = first + 32 * i + lane();
+                stage.k.clear(j), stage.v.clear(j);
+            }
+        told(shared, turn.stage());
+    }
+}
+
+__device__ inline void copy(const Given &given, Common &shared) {
+    const int warp = copier() / 32;
+    if (copier() == 0)
+        fetch(given, shared);
+    else if (warp == 1)
+        tell_queries(given.a, shared);
+    else if (warp > 1)
+        tell_keys(given.a, shared, warp - 2);
+}
+
+// Before anything else, by all threads: what the block does, and the signals of stages, at the end of which
+// `done` so many arrive.
+__device__ inline void begin_block(const EvoformerArguments &a, Common &shared, int done) {
+    if (threadIdx.x == 0) {
+        shared.place = place_of(a);
+        shared.zero = shared.strange = 0;
+        for (int i = 0; i < STAGES; ++i)
+            expect(&shared.fetched[i], 1), expect(&shared.there[i], TELLING),
+                expect(&shared.done[i], done);
+    }
+    shared.halves.make();
+    if (ADDED)
+        for (int i = 0; i < STAGES; ++i)
+            for (Additions &mask : shared.stage[i].mask) mask.make();
+    shared_for_warpgroups();
 }
 
 // --- The warps that multiply ---------------------------------------------------------------------
@@ -175,16 +326,18 @@ __device__ inline float2 kept_pair_bias(OwnBias kept, int thread, int n, int hal
     return unpack(pair[n % 2 * 2 + half]);
 }
 
-// What is said of how a chunk's products begin; `start` is the lane's first.
+// What is said of how a chunk's products begin, where nothing is added; `start` is the lane's first.
 using Starts = float2[CHUNK / 8];
 
 __device__ inline void read(Starts &starts, const float *start) {
 #pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n) starts[n] = *reinterpret_cast<const float2 *>(start + 8 * n);
+    for (int n = 0; n < CHUNK / 8; ++n)
+        if (!ADDED) starts[n] = *reinterpret_cast<const float2 *>(start + 8 * n);
 }
 
 // As products begin: with 0 for those who take care, who add biases one after the other.
 __device__ inline void begin(Products &x, const Starts &starts, bool careful) {
+    if (ADDED) return;
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; ++n)
         x[n][0] = x[n][2] = starts[n].x, x[n][1] = x[n][3] = starts[n].y;
@@ -199,6 +352,15 @@ __device__ inline void begin(Products &x, const Starts &starts, bool careful) {
     for (int n = 0; n < CHUNK / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[n][e] = anew(x[n][e]);
+}
+
+// Between warpgroup_begin() and warpgroup_commit(): products with a team's keys from `first` on, as they began or
+// with what is to be added.
+__device__ inline void multiply_and_mask(Products &x, const Common &shared, const Stage &stage,
+                                         const Named<QUERIES> &q, int query, const Named<KEYS> &k, int key,
+                                         int first, Kept kept) {
+    multiply_rows(x, q, query, k, key + first, !ADDED && kept == SOME_KEPT);
+    if (ADDED) add_to_columns(x, shared.halves, stage.mask[ADDED ? key / 64 : 0], first);
 }
 
 // sum += p (dp − δ) where something is large or not finite, of products x and dp, for query `number` and the

@@ -30,25 +30,15 @@ constexpr bool HELD = TURNS * (HEAD_DIM + 4) + 7 * CHUNK / 4 + 24 <= MORE;
 
 static_assert(BLOCK == 64 && CHUNK >= 32 && GROUPS % TURNS == 0, "teams are alike, and so are their tiles");
 
-using KeyRows = Columns<BLOCK>;
-using QueryRows = Columns<QUERIES>;
+using KeyRows = Boxes<BLOCK>;
+using QueryRows = Boxes<QUERIES>;
 using Left = unsigned[STEPS][4];
 using Logits = float[LOGIT_TILES][4];
 
-// What a tile of keys brings to the logits of a row s besides k, as in KeyTile; each key at its place_of().
-struct alignas(16) RowKeys {
-    unsigned choice[BLOCK];
-    float bias[MASK_BIAS ? BLOCK : 4];
-    unsigned kept, unused[3];  // a byte for sixteen keys: whether any is
-};
-
-// Of sixteen keys, the four that a lane has logits of are neighbours.
-__device__ inline int place_of(int j) { return j / 16 * 16 + j % 8 / 2 * 4 + j / 8 % 2 * 2 + j % 2; }
-
-struct Stage {
+struct alignas(1024) Stage {
+    SwizzledRow pair_bias[QUERIES];
     KeyRows k[ACROSS], v[ACROSS];
-    BiasRow pair_bias[QUERIES];
-    RowKeys keys[ACROSS];
+    Additions mask[ACROSS];
 };
 
 // Where one row s is of: the block's first query.
@@ -59,11 +49,19 @@ struct Target {
 };
 
 struct Shared {
+    Stage stage[STAGES];
     QueryRows q[ACROSS], cotangent[ACROSS];
+    Halves halves;
     Told told[ACROSS][QUERIES];
     Target target[2][ACROSS];  // of works in turn: the last one's is still read when q is there
-    Stage stage[STAGES];
-    Signal q_there, q_done, there[STAGES], done[STAGES];
+    KeptKeys kept[STAGES][ACROSS];
+    Signal q_there, q_done, fetched[STAGES], there[STAGES], done[STAGES];
+};
+
+// What the kernel is given: the operands, and how the tiles that it fetches lie.
+struct Given {
+    EvoformerArguments a;
+    TileMap q, cotangent, k, v, pair_bias;
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
@@ -71,205 +69,104 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the 
 using Work = Place<QUERIES, ACROSS>;
 
 // --- The warps that copy -------------------------------------------------------------------------
-//
-// Each of the four copies a quarter of everything, which is little to compute: what they issue, the others
-// of the same scheduler do not. Where a thread's pieces are in shared memory the compiler knows but for the
-// stage; where they come from is known from the piece before.
 
-__device__ inline bool has_queries(const EvoformerArguments &a, const Work &place, int r) {
-    return place.at.s + r < a.S;
-}
-
-// Copies q and the cotangent, and what is known of the queries.
-__device__ inline void copy_queries(const EvoformerArguments &a, Shared &shared, const Work &place,
-                                    int queries, Target *target) {
-    constexpr int EACH = (QUERIES + COPYING - 1) / COPYING;
-    const int64 number = number_of(a, place.at, place.first), to_next = a.H * a.Q;
-    Told told[ACROSS][EACH];
-#pragma unroll
-    for (int r = 0; r < ACROSS; ++r)
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int query = copier() + i * COPYING;
-            told[r][i] = {infinity(), 0.0f};
-            if (query < queries && has_queries(a, place, r))
-                told[r][i] = *told_of(a, number + r * to_next + query);
-        }
-
-    const RowCopier<COPYING> part(a, copier());
-    constexpr int AT_ONCE = RowCopier<COPYING>::AT_ONCE;
-    const Element *q = part.first(channels_of(a.q, place.at, place.first), a.q.stride[2]);
-    const Element *cotangent =
-        part.first(channels_of(a.dout, place.at, place.first), a.dout.stride[2]);
-    const auto copy = [&](QueryRows &to, const Element *from, int64 stride) {
-#pragma unroll
-        for (int i = 0; i < QUERIES; i += AT_ONCE) {
-            cp_async_16(&to.piece[part.piece][part.row + i], from,
-                        part.there && part.row + i < queries);
-            from += AT_ONCE * stride;
-        }
-    };
-#pragma unroll 1
-    for (int r = 0; r < ACROSS && has_queries(a, place, r); ++r) {
-        if (part.row < AT_ONCE) {
-            copy(shared.q[r], q, a.q.stride[2]);
-            copy(shared.cotangent[r], cotangent, a.dout.stride[2]);
-        }
-        q += a.q.stride[1], cotangent += a.dout.stride[1];
-    }
-#pragma unroll
-    for (int r = 0; r < ACROSS; ++r) {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (copier() + i * COPYING < QUERIES)
-                shared.told[r][copier() + i * COPYING] = told[r][i];
-        if (copier() == r)
-            target[r] = {channels_of(a.dq, place.row(r), place.first), number + r * to_next,
-                         has_queries(a, place, r) ? queries : 0};
-    }
-}
-
-// A thread's part in copying the pair bias, tile after tile.
-struct PairBiases {
-    static constexpr int PER_ROW = BLOCK / 8, AT_ONCE = COPYING / PER_ROW;
-
-    int row = copier() / PER_ROW, column = copier() % PER_ROW * 8;
-    const Element *next;
-    int queries;
-
-    __device__ void start(const EvoformerArguments &a, const Work &place, int present) {
-        const Operand &x = a.pair_bias;
-        next = static_cast<const Element *>(x.data) + place.at.b * x.stride[0] +
-               place.at.h * x.stride[2] + (place.first + row) * x.stride[3] + column;
-        queries = present;
-    }
-
-    // Zeros beyond the queries, and beyond the keys, of which there are `left`.
-    __device__ void copy(const EvoformerArguments &a, BiasRow *tile, int left) {
-        const int64 step = AT_ONCE * a.pair_bias.stride[3];
-        const Element *from = next;
-        if (queries == QUERIES && left >= BLOCK) {
-#pragma unroll
-            for (int i = 0; i < QUERIES; i += AT_ONCE, from += step)
-                cp_async_16(tile[row + i] + column, from);
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < QUERIES; i += AT_ONCE, from += step)
-                cp_async_16(tile[row + i] + column, from, row + i < queries && column < left);
-        }
-        next += BLOCK;
-    }
-};
-
-// A lane's part in copying k and v, tile after tile: the warp has sixteen of the keys, and the lane looks
-// whether one of them is kept, of every second row s.
-struct KeyRowsOf {
-    using Part = RowCopier<32>;
-    static constexpr int AT_ONCE = Part::AT_ONCE, PAIRS = (ACROSS + 1) / 2;
-
-    Part part;
-    int first, own;  // the warp's first key of a tile, and the lane's
-    const Element *k, *v, *bias;
-    const unsigned char *mask;
-    int rows, left;  // that there are, from the lane's on
-    KeyStream::Raw raw[PAIRS];  // of the next tile
-
-    __device__ explicit KeyRowsOf(const EvoformerArguments &a)
-        : part(a, lane()), first(copier() / 32 * 16), own(first + lane() % 16) {}
-
-    __device__ void start(const EvoformerArguments &a, const Work &place, int64 group) {
-        const Head at = {place.at.b, place.at.s, group};
-        k = part.first(channels_of(a.k, at, first), a.k.stride[2]);
-        v = part.first(channels_of(a.v, at, first), a.v.stride[2]);
-        const int64 row = at.s + lane() / 16;
-        if (a.mask.data != nullptr)
-            mask = static_cast<const unsigned char *>(a.mask.data) + at.b * a.mask.stride[0] +
-                   row * a.mask.stride[1] + own * a.mask.stride[2];
-        if (MASK_BIAS)
-            bias = static_cast<const Element *>(a.mask_bias.data) + at.b * a.mask_bias.stride[0] +
-                   row * a.mask_bias.stride[1] + own * a.mask_bias.stride[4];
-        rows = clamp(a.S - row, 0, ACROSS - lane() / 16), left = static_cast<int>(a.K) - own;
-        read(a);
-    }
-
-    // What is known of the next tile's keys.
-    __device__ void read(const EvoformerArguments &a) {
-#pragma unroll
-        for (int p = 0; p < PAIRS; ++p) {
-            const bool there = 2 * p < rows && left > 0;
-            raw[p].mask = there;
-            if (there && a.mask.data != nullptr) raw[p].mask = mask[2 * p * a.mask.stride[1]];
-            round_to(0.0f, &raw[p].bias);
-            if (MASK_BIAS && there) raw[p].bias = bias[2 * p * a.mask_bias.stride[1]];
-        }
-        left -= BLOCK;
-        if (a.mask.data != nullptr) mask += BLOCK * a.mask.stride[2];
-        if (MASK_BIAS) bias += BLOCK * a.mask_bias.stride[4];
-    }
-
-    __device__ void copy(const EvoformerArguments &a, Stage &stage) {
-        const int64 k_step = AT_ONCE * a.k.stride[2], v_step = AT_ONCE * a.v.stride[2];
-        const Element *k_row = k, *v_row = v;
-        unsigned kept = 0;  // of two rows s
-#pragma unroll
-        for (int r = 0; r < ACROSS; ++r) {
-            if (r % 2 == 0) {
-                const bool keep = raw[r / 2].mask != 0;
-                kept = __ballot_sync(ALL_LANES, keep);
-                if (r + lane() / 16 < ACROSS) {
-                    RowKeys &keys = stage.keys[r + lane() / 16];
-                    const int place = place_of(own);
-                    keys.choice[place] = keep ? choice_of(own) : DROPPED;
-                    if (MASK_BIAS)
-                        keys.bias[place] = keep ? to_float(raw[r / 2].bias) : -infinity();
-                    if (lane() % 16 == 0)
-                        reinterpret_cast<unsigned char *>(&keys.kept)[first / 16] =
-                            (kept >> lane() & 0xffffu) != 0;
-                }
-            }
-            const unsigned ours = part.there ? kept >> 16 * (r % 2) >> part.row : 0;
-            const Element *k_piece = k_row, *v_piece = v_row;
-            if (part.row < AT_ONCE) {
-#pragma unroll
-                for (int i = 0; i < 16; i += AT_ONCE) {
-                    const bool wanted = (ours >> i & 1) != 0;
-                    const int to = first + part.row + i;
-                    cp_async_16(&stage.k[r].piece[part.piece][to], k_piece, wanted);
-                    cp_async_16(&stage.v[r].piece[part.piece][to], v_piece, wanted);
-                    k_piece += k_step, v_piece += v_step;
-                }
-            }
-            k_row += a.k.stride[1], v_row += a.v.stride[1];
-        }
-        k += BLOCK * a.k.stride[2], v += BLOCK * a.v.stride[2];
-    }
-};
-
-// Copies all that the block multiplies, in the order in which it does.
-__device__ void copy(const EvoformerArguments &a, Shared &shared) {
+// Fetches all that the block multiplies, in the order in which it does: one thread.
+__device__ void fetch(const Given &given, Shared &shared) {
+    const EvoformerArguments &a = given.a;
     const unsigned last = Work::count(a, a.Q, a.H);
-    const int heads = static_cast<int>(a.H) / static_cast<int>(a.G);  // of a group
-    PairBiases biases;
-    KeyRowsOf keys(a);
+    const int keys = static_cast<int>(a.K);
+    Turn turn;
+    for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
+        wait_for(&shared.q_done, 1 - n % 2);
+        const Work place(a, a.Q, a.H, work);
+        const int query = static_cast<int>(place.first), queries = clamp(a.Q - place.first, 0, QUERIES);
+        const int b = static_cast<int>(place.at.b), s = static_cast<int>(place.at.s);
+        const int h = static_cast<int>(place.at.h);
+#pragma unroll 1
+        for (int r = 0; r < ACROSS; ++r)
+            shared.target[n % 2][r] = {channels_of(a.dq, place.row(r), place.first),
+                                       number_of(a, place.row(r), place.first),
+                                       s + r < a.S ? queries : 0};
+        arrive_expecting(&shared.q_there, sizeof(shared.q) + sizeof(shared.cotangent));
+#pragma unroll 1
+        for (int r = 0; r < ACROSS; ++r) {
+            fetch_rows(shared.q[r], given.q, query, h, s + r, b, &shared.q_there);
+            fetch_rows(shared.cotangent[r], given.cotangent, query, h, s + r, b, &shared.q_there);
+        }
+
+        const int g = static_cast<int>(group_of(a, place.at).h);
+#pragma unroll 1
+        for (int key = 0; key < keys; key += BLOCK, ++turn.count) {
+            Stage &stage = shared.stage[turn.stage()];
+            Signal *fetched = &shared.fetched[turn.stage()];
+            wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+            arrive_expecting(fetched, sizeof(stage.pair_bias) + sizeof(stage.k) + sizeof(stage.v));
+            fetch_tile(stage.pair_bias, given.pair_bias, key, query, h, 0, b, fetched);
+#pragma unroll 1
+            for (int r = 0; r < ACROSS; ++r) {
+                fetch_rows(stage.k[r], given.k, key, g, s + r, b, fetched);
+                fetch_rows(stage.v[r], given.v, key, g, s + r, b, fetched);
+            }
+        }
+    }
+}
+
+constexpr int TELLING = ACROSS < 3 ? ACROSS : 3;  // warps
+
+// Tells of queries and keys, and makes zeros of dropped keys: each of the other warps does some of the rows s.
+__device__ void tell(const EvoformerArguments &a, Shared &shared) {
+    constexpr int ROWS_EACH = (ACROSS + TELLING - 1) / TELLING, EACH = QUERIES / 32;
+    const int first_row = copier() / 32 - 1;
+    const unsigned last = Work::count(a, a.Q, a.H);
     Turn turn;
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         const Work place(a, a.Q, a.H, work);
-        const int queries = clamp(a.Q - place.first, 0, QUERIES);
+        LaneKeys keys[ROWS_EACH];
+        Told told[ROWS_EACH][EACH];
+#pragma unroll
+        for (int i = 0; i < ROWS_EACH; ++i) {
+            const int r = first_row + TELLING * i;
+            const bool present = r < ACROSS && place.at.s + r < a.S;
+            const int left = present ? clamp(a.Q - place.first, 0, QUERIES) - lane() : 0;
+            const Told *next = told_of(a, number_of(a, place.row(r), place.first) + lane());
+#pragma unroll
+            for (int part = 0; part < EACH; ++part)
+                told[i][part] = left > 32 * part ? next[32 * part] : Told{infinity(), 0.0f};
+            keys[i].start(a, place.row(r), present);
+            keys[i].read(a);
+        }
         wait_for(&shared.q_done, 1 - n % 2);
-        copy_queries(a, shared, place, queries, shared.target[n % 2]);
-        arrive_with_copies(&shared.q_there);
-        arrive(&shared.q_there);
+#pragma unroll
+        for (int i = 0; i < ROWS_EACH; ++i)
+#pragma unroll
+            for (int part = 0; part < EACH; ++part)
+                if (first_row + TELLING * i < ACROSS)
+                    shared.told[first_row + TELLING * i][lane() + 32 * part] = told[i][part];
+        __syncwarp();
+        if (lane() == 0) arrive(&shared.q_there);
 
-        biases.start(a, place, queries);
-        keys.start(a, place, static_cast<int>(place.at.h) / heads);
+#pragma unroll 1
         for (int left = static_cast<int>(a.K); left > 0; left -= BLOCK, ++turn.count) {
             Stage &stage = shared.stage[turn.stage()];
             wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-            biases.copy(a, stage.pair_bias, left);
-            keys.copy(a, stage);
-            keys.read(a);
-            arrive_with_copies(&shared.there[turn.stage()]);
-            arrive(&shared.there[turn.stage()]);
+            unsigned kept[ROWS_EACH];
+#pragma unroll
+            for (int i = 0; i < ROWS_EACH; ++i) {
+                const int r = first_row + TELLING * i;
+                if (r >= ACROSS) break;
+                kept[i] = keys[i].tell(a, stage.mask[r], shared.kept[turn.stage()][r]);
+                keys[i].read(a);
+            }
+            wait_for(&shared.fetched[turn.stage()], turn.phase());
+#pragma unroll
+            for (int i = 0; i < ROWS_EACH; ++i) {
+                const int r = first_row + TELLING * i;
+                if (r >= ACROSS) break;
+                LaneKeys::clear(kept[i], stage.k[r], stage.v[r]);
+            }
+            shared_for_warpgroups();
+            __syncwarp();
+            if (lane() == 0) arrive(&shared.there[turn.stage()]);
         }
     }
 }
@@ -320,47 +217,31 @@ __device__ inline Query query_of(const EvoformerArguments &a, int64 number, floa
     return finished(softmax.top, softmax.total(), 0.0f);
 }
 
-// A lane's place in the pair bias of a warp's queries, and among the keys of sixteen, both in bytes: that
-// many further than what is known of the place is one instruction's address.
-struct Corner {
-    int bias, key;
-
-    template <class T>
-    __device__ static const T *beyond(const T *place, int bytes) {
-        return reinterpret_cast<const T *>(reinterpret_cast<const unsigned char *>(place) + bytes);
-    }
-};
-
 // Products q · k become weights, of the tile's keys from `first` on; where they are float16, over the unit.
-// `number` is that of the first of the warp's sixteen queries.
+// `number` is that of the first of the warp's sixteen queries, whose rows of the pair bias are those from `row`
+// on.
 template <bool CAREFUL>
 __device__ inline void weigh(Logits &s, const EvoformerArguments &a, const Piece &piece, int64 number,
-                             const BiasRow *pair_bias, const RowKeys &keys, int first,
-                             const Corner &corner) {
+                             const Stage &stage, int row, int r, const KeptKeys &kept, int first) {
     Query precise[2];
     if (CAREFUL)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             precise[half] = query_of(a, number + lane() / 4 + 8 * half, piece.shift[half]);
+    const SwizzledRow &pair_bias = stage.pair_bias[row + lane() % 16];
 #pragma unroll
     for (int n = 0; n < LOGIT_TILES; n += 2) {
         unsigned bias[4];  // rows, rows + 8; then the next eight keys
-        ldmatrix_x4(bias, Corner::beyond(*pair_bias + first + 8 * n, corner.bias));
-        const uint4 choices = *reinterpret_cast<const uint4 *>(
-            Corner::beyond(keys.choice + first + 8 * n, corner.key));
-        float4 mask_biases = {};
-        if (MASK_BIAS)
-            mask_biases = *reinterpret_cast<const float4 *>(
-                Corner::beyond(keys.bias + first + 8 * n, corner.key));
+        ldmatrix_x4(bias, pair_bias.piece(first / 8 + n + lane() / 16, lane()));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const uint2 choice =
-                i == 0 ? make_uint2(choices.x, choices.y) : make_uint2(choices.z, choices.w);
-            const float2 mask_bias = i == 0 ? make_float2(mask_biases.x, mask_biases.y)
-                                            : make_float2(mask_biases.z, mask_biases.w);
+            const int key = first + 8 * (n + i) + 2 * (lane() % 4);
+            float2 mask_bias = {};
+            if (MASK_BIAS)
+                mask_bias = unpack(*reinterpret_cast<const unsigned *>(stage.mask[r].of(key)));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float2 add = choose(bias[2 * i + half], choice);
+                const float2 add = unpack(bias[2 * i + half]);
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float &one = s[n + i][2 * half + e];
@@ -369,8 +250,9 @@ __device__ inline void weigh(Logits &s, const EvoformerArguments &a, const Piece
                         one = fmaf(one, a.scale, e == 0 ? mask_bias.x : mask_bias.y) + plus;
                     else
                         one = fmaf(one, a.scale, plus);
-                    if (CAREFUL) {
+                    if (CAREFUL) {  // beside a query that is not finite, −inf became NaN
                         const Query &query = precise[half];
+                        if (!kept(key + e)) one = -infinity();
                         one = exponential<true>(one, query.top, query.shift) * query.inverse;
                         if (ELEMENT == 1) one /= piece.unit;
                     } else
@@ -379,6 +261,14 @@ __device__ inline void weigh(Logits &s, const EvoformerArguments &a, const Piece
             }
         }
     }
+}
+
+// Weights of keys of which none is kept.
+__device__ inline void nothing(Logits &s) {
+#pragma unroll
+    for (int n = 0; n < LOGIT_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
 }
 
 // Weights become the gradients of logits, given dp = ō · v: those of dropped keys 0, as the weights, or
@@ -405,15 +295,9 @@ __device__ inline void finish(const EvoformerArguments &a, const Piece &piece, c
     }
 }
 
-// Of which bytes any is set where a key of a chunk is kept.
-__device__ constexpr unsigned of_chunk(int chunk) {
-    return (CHUNK == 64 ? 0xffffffffu : (1u << CHUNK / 2) - 1) << chunk * CHUNK / 2;
-}
-
 // What a warp works at: queries of one row s, for each of its team's turns sixteen.
 struct Own {
     int r, query;  // of the block: the row s, and the first query of the first turn
-    Corner corner;
     Piece pieces[TURNS];
     Left q[HELD ? TURNS : 1], cotangent[HELD ? TURNS : 1];
 
@@ -430,15 +314,14 @@ struct Own {
         }
     }
 
-    // Adds a tile of keys to dq. `kept` is the number of the block's first query, of those that the
-    // backward keeps.
+    // Adds a tile of keys to dq. `number` is that of the block's first query, of those that the backward keeps.
     //
     // Chunks are numbered: all of a turn's, then the next turn's. Products are under way while others are
     // looked at: those of q and the next chunk's keys all the time; those of the cotangent, and of the
     // chunk before with k, while the chunk's weights are computed.
     template <bool CAREFUL>
     __device__ void add(const EvoformerArguments &a, const Shared &shared, const Stage &stage,
-                        unsigned any, int64 kept) {
+                        const KeptKeys &kept, int64 number) {
         constexpr int LAST = TURNS * CHUNKS - 1;
         Logits s[2], dp;
         const auto begin_logits = [&](int chunk) {
@@ -446,6 +329,8 @@ struct Own {
             if (!HELD && chunk % CHUNKS == 0) load_left(q[0], shared.q[r], query + 64 * turn);
             warpgroup_begin();
             multiply_rows(s[chunk % 2], q[HELD ? turn : 0], stage.k[r], chunk % CHUNKS * CHUNK);
+            if (!MASK_BIAS)
+                add_to_columns(s[chunk % 2], shared.halves, stage.mask[r], chunk % CHUNKS * CHUNK);
             warpgroup_commit();
         };
         const auto begin_changes = [&](int chunk) {
@@ -468,11 +353,13 @@ struct Own {
             } else
                 warpgroup_wait<1>();
             warpgroup_results(mine);
-            // Where no key is kept, products are 0, and so are the weights. Without a branch here, the
-            // assembler would wait for dp before all weights are computed, instead of after.
-            if ((any & of_chunk(chunk % CHUNKS)) != 0)
-                weigh<CAREFUL>(mine, a, piece, kept + query + 64 * turn,
-                               stage.pair_bias + query + 64 * turn, stage.keys[r], first, corner);
+            // Where no key is kept, nothing is added. Without a branch here, the assembler would wait for dp
+            // before all weights are computed, instead of after.
+            if (CHUNK == 64 || kept.word[first / 32] != 0)
+                weigh<CAREFUL>(mine, a, piece, number + query + 64 * turn, stage, query + 64 * turn, r,
+                               kept, first);
+            else
+                nothing(mine);
             if (chunk < LAST)
                 warpgroup_wait<1>();
             else
@@ -499,16 +386,13 @@ struct Own {
 
     // Adds all keys.
     template <bool CAREFUL>
-    __device__ void add_all(const EvoformerArguments &a, Shared &shared, Turn &turn, int64 kept) {
+    __device__ void add_all(const EvoformerArguments &a, Shared &shared, Turn &turn, int64 number) {
         for (int left = static_cast<int>(a.K); left > 0; left -= BLOCK, ++turn.count) {
             const Stage &stage = shared.stage[uniform(turn.stage())];
             wait_for(&shared.there[turn.stage()], turn.phase());
             __syncwarp();
-            const unsigned any = uniform(stage.keys[r].kept);
-            if (any != 0) {
-                shared_for_warpgroups();
-                add<CAREFUL>(a, shared, stage, any, kept);
-            }
+            const KeptKeys &kept = shared.kept[turn.stage()][r];
+            if (kept.any()) add<CAREFUL>(a, shared, stage, kept, number);
             __syncwarp();
             if (lane() == 0) arrive(&shared.done[turn.stage()]);
         }
@@ -529,8 +413,6 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared) {
     const int first = team / ACROSS * TURNS * 64;  // the team's first query in the block
     Own own;
     own.r = team % ACROSS, own.query = first + warp % 4 * 16;
-    own.corner = {lane() % 16 * static_cast<int>(sizeof(BiasRow)) + lane() / 16 * 16,
-                  lane() % 4 * 16};
     const bool by_pairs = in_pairs(a.dq);
     const unsigned last = Work::count(a, a.Q, a.H);
     Turn turn;
@@ -541,7 +423,7 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared) {
         };
         wait_for(&shared.q_there, n % 2);
         __syncwarp();
-        const bool careful = any_careful(shared.told[own.r] + first);
+        const bool careful = any_careful(shared.told[own.r] + first) || a.scale == 0.0f;
         own.start(shared);
         if (HELD) release();
         const Target &target = shared.target[n % 2][own.r];
@@ -558,21 +440,28 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared) {
 }
 
 extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
-    evoformer_warpgroup_backward_query(const EvoformerArguments a) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    evoformer_warpgroup_backward_query(const __grid_constant__ Given given) {
+    extern __shared__ __align__(1024) unsigned char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
+    shared.halves.make();
+    for (int i = 0; i < STAGES; ++i)
+        for (int r = 0; r < ACROSS; ++r) shared.stage[i].mask[r].make();
     if (threadIdx.x == 0) {
-        // by each thread that copies twice: with its copies, and with what it has written itself
-        expect(&shared.q_there, 2 * COPYING), expect(&shared.q_done, MULTIPLYING / 32);
+        expect(&shared.q_there, 1 + TELLING), expect(&shared.q_done, MULTIPLYING / 32);
         for (int i = 0; i < STAGES; ++i)
-            expect(&shared.there[i], 2 * COPYING), expect(&shared.done[i], MULTIPLYING / 32);
+            expect(&shared.fetched[i], 1), expect(&shared.there[i], TELLING),
+                expect(&shared.done[i], MULTIPLYING / 32);
     }
+    shared_for_warpgroups();
     __syncthreads();
     if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
         take_fewer_registers<FEWER>();
-        copy(a, shared);
+        if (copier() == 0)
+            fetch(given, shared);
+        else if (copier() >= 32 && copier() < 32 * (1 + TELLING))
+            tell(given.a, shared);
     } else {
         take_more_registers<MORE>();
-        multiply(a, shared);
+        multiply(given.a, shared);
     }
 }

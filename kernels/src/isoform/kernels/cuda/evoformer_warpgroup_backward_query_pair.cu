@@ -17,9 +17,16 @@ static_assert(ELEMENT == 2, "gradients of logits have the range of float");
 constexpr int ROUNDED = 2;  // rows whose gradients of logits there is room for
 using RoundedTurn = InTurn<ROUNDED>;
 
-// Those gradients, rounded, with keys for channels; and who has written them, who has read them.
+// A row's gradients, rounded, in columns of pieces of eight keys.
+struct Gradients {
+    uint4 piece[KEYS / 8][QUERIES];
+
+    static constexpr unsigned PIECE_STEP = 16 * QUERIES;
+};
+
+// Those of two rows; and who has written them, who has read them.
 struct Rounded {
-    Columns<QUERIES, KEYS / 8, 0> gradients[ROUNDED];
+    Gradients gradients[ROUNDED];
     Signal there[ROUNDED], done[ROUNDED];
 };
 
@@ -28,160 +35,6 @@ struct Shared : Common {
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
-
-// --- The warps that copy -------------------------------------------------------------------------
-
-// Of the four warps, two copy q and k and the others the `second` of both, ō and v: each half of the queries
-// and half of the keys of every row.
-
-// A warp's part of the queries. What is told of them all is read a row ahead, and looked at before anybody
-// waits for a place.
-template <bool second>
-struct QueriesOf {
-    static constexpr int WORDS = QUERIES / 32, OWN = QUERIES / 2;
-
-    const RowCopier<32> copier;
-    const Element *from;
-    const Told *next;
-    int64 stride, step, told_step;
-    int left, first;
-    bool none, all;
-    Told ahead[WORDS], told[WORDS];
-    unsigned live[WORDS], careful[WORDS];
-
-    __device__ QueriesOf(const EvoformerArguments &a, const Part &place, int half)
-        : copier(a, lane()), stride((second ? a.dout : a.q).stride[2]),
-          step((second ? a.dout : a.q).stride[1]), told_step(a.H * a.Q),
-          left(clamp(a.Q - place.first_query, 0, QUERIES) - lane()), first(half * OWN),
-          none(!second && no_scale(a)) {
-        from = copier.first(channels_of(second ? a.dout : a.q, place.at, place.first_query + first),
-                            stride);
-        next = told_of(a, number_of(a, place.at, place.first_query)) + lane();
-    }
-
-    __device__ void read() {
-#pragma unroll
-        for (int n = 0; n < WORDS; ++n)
-            ahead[n] = 32 * n < left ? next[32 * n] : Told{infinity(), 0.0f};
-        next += told_step;
-    }
-
-    __device__ void look(bool more) {
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) told[i] = ahead[i];
-        if (more) read();  // which has come when it is looked at
-        all = true;
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            live[i] = __ballot_sync(ALL_LANES, !told[i].dead());
-            if (!second) careful[i] = __ballot_sync(ALL_LANES, told[i].careful());
-            all &= live[i] == ALL_LANES;
-        }
-    }
-
-    __device__ void copy(const EvoformerArguments &a, Stage &stage) {
-        if (!second && first == 0) say(stage, told, live, careful);
-        unsigned wanted[OWN / 32];
-#pragma unroll
-        for (int i = 0; i < OWN / 32; ++i)
-            wanted[i] = none ? 0 : first == 0 ? live[i] : live[OWN / 32 + i];
-        copier.copy(second ? stage.cotangent : stage.q, from, stride, wanted,
-                    all && !none && a.D == HEAD_DIM, first);
-        from += step;
-    }
-};
-
-// A warp's part of the keys, likewise: what the mask and the mask bias say of them.
-template <bool second>
-struct KeysOf {
-    static constexpr int OWN = KEYS / 2, WORDS = OWN / 32;
-    static_assert(OWN % 64 == 0, "who says what a team's keys are knows all of them");
-
-    const RowCopier<32> copier;
-    const Element *from, *bias;
-    const unsigned char *mask;
-    int64 stride, step;
-    int keys, first;
-    float over, dropped;
-    bool all;
-    unsigned char next_keep[WORDS], keep[WORDS];
-    Element next_add[WORDS], add[WORDS];
-    unsigned kept[WORDS], unlike[WORDS];
-
-    __device__ KeysOf(const EvoformerArguments &a, const Part &place, int half)
-        : copier(a, lane()), stride((second ? a.v : a.k).stride[2]), step((second ? a.v : a.k).stride[1]),
-          first(half * OWN) {
-        const float scale = scale_of(a);
-        over = 1.0f / scale, dropped = scale > 0.0f ? -infinity() : infinity();
-        keys = clamp(a.K - place.first_key - first, 0, OWN) - lane();
-        from = copier.first(channels_of(second ? a.v : a.k, group_of(a, place.at), place.first_key + first),
-                            stride);
-        mask = static_cast<const unsigned char *>(a.mask.data) + place.at.b * a.mask.stride[0] +
-               place.at.s * a.mask.stride[1] + (place.first_key + first + lane()) * a.mask.stride[2];
-        if (MASK_BIAS)
-            bias = static_cast<const Element *>(a.mask_bias.data) + place.at.b * a.mask_bias.stride[0] +
-                   place.at.s * a.mask_bias.stride[1] +
-                   (place.first_key + first + lane()) * a.mask_bias.stride[4];
-    }
-
-    __device__ void read(const EvoformerArguments &a) {
-        const bool masked = a.mask.data != nullptr;
-#pragma unroll
-        for (int n = 0; n < WORDS; ++n) {
-            const bool present = 32 * n < keys;
-            next_keep[n] = present;
-            if (masked && present) next_keep[n] = mask[32 * n * a.mask.stride[2]];
-            round_to(0.0f, next_add + n);
-            if (MASK_BIAS && present) next_add[n] = bias[32 * n * a.mask_bias.stride[4]];
-        }
-        if (masked) mask += a.mask.stride[1];
-        if (MASK_BIAS) bias += a.mask_bias.stride[1];
-    }
-
-    __device__ void look(const EvoformerArguments &a, bool more) {
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) keep[i] = next_keep[i], add[i] = next_add[i];
-        if (more) read(a);
-        all = true;
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            const bool there = keep[i] != 0;
-            kept[i] = __ballot_sync(ALL_LANES, there);
-            // What is beyond the keys is dropped too: its weights could be infinite, and its k is 0.
-            if (!second)
-                unlike[i] =
-                    __ballot_sync(ALL_LANES, !there || (MASK_BIAS && to_float(add[i]) != 0.0f));
-            all &= kept[i] == ALL_LANES;
-        }
-    }
-
-    __device__ void copy(const EvoformerArguments &a, Stage &stage) {
-        if (!second) say(stage, first, keep, add, kept, unlike, over, dropped);
-        copier.copy(second ? stage.v : stage.k, from, stride, kept, all && a.D == HEAD_DIM, first);
-        from += step;
-    }
-};
-
-// Copies the warp's parts of all rows, in the order in which they are multiplied.
-template <bool second>
-__device__ void copy(const EvoformerArguments &a, Shared &shared, int half) {
-    const Part &place = shared.place;
-    const int rows = uniform(place.rows);
-    QueriesOf<second> queries(a, place, half);
-    KeysOf<second> keys(a, place, half);
-    if (rows > 0) queries.read(), keys.read(a);
-    Turn turn;
-    for (int n = 0; n < rows; ++n, ++turn.count) {
-        Stage &stage = shared.stage[turn.stage()];
-        queries.look(n + 1 < rows), keys.look(a, n + 1 < rows);
-        wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-        queries.copy(a, stage), keys.copy(a, stage);
-        arrive_with_copies(&shared.there[turn.stage()]);
-        arrive(&shared.there[turn.stage()]);
-    }
-}
-
-// --- The warps that multiply ---------------------------------------------------------------------
 
 // Weights of products, which are 0 of a dropped key, and of a query without a key: `bias` is that of sixteen
 // keys, as it came.
@@ -243,7 +96,6 @@ __device__ inline void finish_row(const EvoformerArguments &a, Shared &shared, u
     const int64 first = place.first_query + query + lane() / 4;
     wait_for(&rounded.there[turn.stage()], turn.phase());
     __syncwarp();
-    shared_for_warpgroups();  // k of the row
     float dq[CHANNEL_TILES][4];
 #pragma unroll
     for (int i = 0; i < CHANNEL_TILES; ++i)
@@ -251,11 +103,11 @@ __device__ inline void finish_row(const EvoformerArguments &a, Shared &shared, u
         for (int e = 0; e < 4; ++e) dq[i][e] = 0.0f;
 #ifdef ISOFORM_WARPGROUPS
     const TileName left = by_rows(shared_address(&gradients.piece[0][query / 64 * 64]), gradients.PIECE_STEP);
-    const TileName right = by_columns(shared_address(&stage.k), KeyRows::PIECE_STEP);
+    const TileName right = named(stage.k).name;
     warpgroup_begin();
 #pragma unroll
     for (int i = 0; i < KEYS / 16; ++i)
-        warpgroup_multiply_columns(dq, left.at(i * 2 * gradients.PIECE_STEP), right.at(256 * i));
+        warpgroup_multiply_columns(dq, left.at(i * 2 * gradients.PIECE_STEP), right.at(32 * 16 * i));
     warpgroup_commit();
     warpgroup_wait();
     warpgroup_results(dq);
@@ -324,7 +176,6 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
         };
         const Products nothing = {};
         if (way != TEAM_HAS_NONE && kept != NONE_KEPT) {
-            shared_for_warpgroups();
             const Named<QUERIES> q = named(stage.q), cotangent = named(stage.cotangent);
             const Named<KEYS> k = named(stage.k), v = named(stage.v);
 #pragma unroll
@@ -333,7 +184,7 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
                 if (first > 0) read(starts, start + first);
                 begin(x, starts, way == CAREFULLY);
                 warpgroup_begin();
-                multiply_rows(x, q, query, k, key + first, kept == SOME_KEPT);
+                multiply_and_mask(x, shared, stage, q, query, k, key, first, kept);
                 warpgroup_commit();
                 multiply_rows(dp, cotangent, query, v, key + first);
                 warpgroup_commit();
@@ -384,35 +235,21 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
 }
 
 extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
-    evoformer_warpgroup_backward_query_pair(const EvoformerArguments a) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    evoformer_warpgroup_backward_query_pair(const __grid_constant__ Given given) {
+    extern __shared__ __align__(1024) unsigned char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
-
-    if (threadIdx.x == 0) {
-        shared.place = place_of(a);
-        shared.zero = shared.strange = 0;
-        for (int i = 0; i < STAGES; ++i) {
-            // by each thread that copies twice: with its copies, and with what it has written itself;
-            // and once more by those who finish the row
-            expect(&shared.there[i], 2 * COPYING);
-            expect(&shared.done[i], WARPS_MULTIPLYING + 4 * GROUPS);
-        }
+    begin_block(given.a, shared, WARPS_MULTIPLYING + 4 * GROUPS);  // those who finish the row once more
+    if (threadIdx.x == 0)
         for (int i = 0; i < ROUNDED; ++i) {
             expect(&shared.rounded.there[i], WARPS_MULTIPLYING);
             expect(&shared.rounded.done[i], 4 * GROUPS);
         }
-    }
     __syncthreads();
-
     if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
         take_fewer_registers<FEWER>();
-        const int warp = copier() / 32;
-        if (warp % 2 == 0)
-            copy<false>(a, shared, warp / 2);
-        else
-            copy<true>(a, shared, warp / 2);
+        copy(given, shared);
     } else {
         take_more_registers<MORE>();
-        multiply(a, shared);
+        multiply(given.a, shared);
     }
 }

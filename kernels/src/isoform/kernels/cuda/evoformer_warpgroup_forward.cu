@@ -3,17 +3,14 @@
 // What `evoformer_tensor_forward.cu` computes, by the same algorithm and with the same logits, where a
 // logit is to cost few instructions. There, a warp fetches each tile of keys from shared memory for 32
 // queries, by instructions of its own; here, four warps multiply 64 queries by a tile that lies where
-// it is (`wgmma`), and what is left of a logit is its softmax: to widen its pair bias and drop its key
-// (one byte permutation does both), scale and add, compare, shift, exponentiate, sum.
+// it is (`wgmma`), and what is left of a logit is its softmax: to widen its pair bias, scale and add, compare,
+// shift, exponentiate, sum. That its key is dropped its product says, to which −inf was added.
 //
 // A block does GROUPS times 64 queries, of one head, of ROWS rows s, and then others: there are as many blocks
 // as can be at once. A warp does TURNS of the rows, one after the other, with the same tile of the pair bias,
-// which is read once for all of them. One warpgroup more copies the next tiles meanwhile, and gives its
-// registers to the others: who multiplies issues no copies, and waits for nobody else, warp by warp.
+// which is fetched once for all of them.
 //
-// Defines, besides those of evoformer_tensor.cuh: GROUPS, ROWS, TURNS, and FEWER, the registers of a thread
-// that copies. Rows of all operands, and of the pair bias, which must be there, are copied 16 bytes at a time.
-// M_TILES is 1, BLOCK is 64.
+// Defines, besides those of evoformer_warpgroup.cuh: GROUPS, ROWS, TURNS. BLOCK is 64.
 
 #define TEAMS (GROUPS * ROWS / TURNS)
 #include "evoformer_warpgroup.cuh"
@@ -24,13 +21,13 @@ constexpr int AT_ONCE = ROWS / TURNS;  // rows s that are done at once
 
 static_assert(BLOCK == 64 && ROWS % TURNS == 0, "as many as a product has; teams do as many turns");
 
-using KeyRows = Columns<BLOCK>;
-using QueryRows = Columns<QUERIES>;
+using KeyRows = Boxes<BLOCK>;
+using QueryRows = Boxes<QUERIES>;
 
-struct Stage {
+struct alignas(1024) Stage {
+    SwizzledRow pair_bias[QUERIES];
     KeyRows k[ROWS], v[ROWS];
-    BiasRow pair_bias[QUERIES];
-    KeyTile keys[ROWS];
+    Additions mask[ROWS];
 };
 
 // Where the results of one row s go: of the block's first query.
@@ -43,18 +40,26 @@ struct Target {
 
 constexpr int MOST_WORKS = 1024;  // of a block
 
-constexpr int WORKS = 2;  // whose queries are there at once: those of the next are copied ahead
+constexpr int WORKS = 2;  // whose queries are there at once: those of the next are fetched ahead
 using WorkTurn = InTurn<WORKS>;
 
 struct Shared {
+    Stage stage[STAGES];
     QueryRows q[WORKS][ROWS];
     Target target[WORKS][ROWS];
-    Stage stage[STAGES];
-    Signal q_there[WORKS], q_done[WORKS], there[STAGES], done[STAGES], finished;
+    Halves halves;
+    KeptKeys kept[STAGES][ROWS];
+    Signal q_there[WORKS], q_done[WORKS], fetched[STAGES], there[STAGES], done[STAGES], finished;
     unsigned char again[MOST_WORKS];  // which of the block's works are to be done again, carefully
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host has another idea of the shared memory");
+
+// What the kernel is given: the operands, and how the tiles that it fetches lie.
+struct Given {
+    EvoformerArguments a;
+    TileMap q, k, v, pair_bias;
+};
 
 // The softmax so far of a lane's two queries of one row s, lane / 4 and lane / 4 + 8 of the warp's:
 // Σ e^(s − top) v and Σ e^(s − top), the latter of the lane's keys.
@@ -105,30 +110,30 @@ struct Running {
 
 // Adds a tile of keys to the softmax of the warp's queries, `query` the first in the block.
 template <bool CAREFUL>
-__device__ inline void attend(Running &running, const QueryRows &q, int query, const KeyRows &k,
-                              const KeyRows &v, const BiasRow *pair_bias, const KeyTile &keys,
-                              float scale) {
+__device__ inline void attend(Running &running, const QueryRows &q, int query, const Stage &stage, int r,
+                              const KeptKeys &kept, const Halves &halves, float scale) {
     float s[KEY_TILES][4];
     warpgroup_begin();
-    multiply_rows(s, q, query, k, 0);
+    multiply_rows(s, q, query, stage.k[r], 0);
+    if (!MASK_BIAS) add_to_columns(s, halves, stage.mask[r], 0);
     warpgroup_commit();
     warpgroup_wait();
 
     // Logits (rule EVO-2), −inf where the key is dropped.
+    const SwizzledRow &row = stage.pair_bias[query + lane() % 16];
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n += 2) {
         unsigned bias[4];  // rows, rows + 8; then the next eight keys
-        ldmatrix_x4(bias, pair_bias[query + lane() % 16] + 8 * n + 8 * (lane() / 16));
+        ldmatrix_x4(bias, row.piece(n + lane() / 16, lane()));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int key = 8 * (n + i) + 2 * (lane() % 4);
-            const uint2 choice = *reinterpret_cast<const uint2 *>(keys.choice + key);
             float2 mask_bias = {};
-            if (MASK_BIAS) mask_bias = *reinterpret_cast<const float2 *>(keys.bias + key);
+            if (MASK_BIAS) mask_bias = unpack(*reinterpret_cast<const unsigned *>(stage.mask[r].of(key)));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float *logit = &s[n + i][2 * half];
-                const float2 add = choose(bias[2 * i + half], choice);
+                const float2 add = unpack(bias[2 * i + half]);
                 if (MASK_BIAS) {
                     logit[0] = fmaf(logit[0], scale, mask_bias.x) + add.x;
                     logit[1] = fmaf(logit[1], scale, mask_bias.y) + add.y;
@@ -137,8 +142,8 @@ __device__ inline void attend(Running &running, const QueryRows &q, int query, c
                     logit[1] = fmaf(logit[1], scale, add.y);
                 }
                 if (CAREFUL) {  // beside a query that is not finite, −inf became NaN
-                    if (choice.x == DROPPED) logit[0] = -infinity();
-                    if (choice.y == DROPPED) logit[1] = -infinity();
+                    if (!kept(key)) logit[0] = -infinity();
+                    if (!kept(key + 1)) logit[1] = -infinity();
                 }
             }
         }
@@ -168,7 +173,7 @@ __device__ inline void attend(Running &running, const QueryRows &q, int query, c
         running.total[half] += sum;
     }
     warpgroup_begin();
-    multiply_columns(running.o, weights, v, 0);
+    multiply_columns(running.o, weights, stage.v[r], 0);
     warpgroup_commit();
     warpgroup_wait();
 }
@@ -187,130 +192,87 @@ __device__ inline Target target_of(const EvoformerArguments &a, const Head &at, 
     return {channels_of(a.out, at, first), lse, number, queries};
 }
 
-// A lane's keys of a row s, of each tile one of every 32: read a tile before they are needed, and left as
-// they came, so that nobody waits for them.
-struct LaneKeys {
-    const unsigned char *mask;  // anything where there is none
-    const Element *bias;
-    int left;  // keys, from the lane's first on
-    KeyStream::Raw raw[BLOCK / 32];
-
-    __device__ void start(const EvoformerArguments &a, const Head &at, bool present) {
-        mask = static_cast<const unsigned char *>(a.mask.data) + at.b * a.mask.stride[0] +
-               at.s * a.mask.stride[1] + lane() * a.mask.stride[2];
-        if (MASK_BIAS)
-            bias = static_cast<const Element *>(a.mask_bias.data) + at.b * a.mask_bias.stride[0] +
-                   at.s * a.mask_bias.stride[1] + lane() * a.mask_bias.stride[4];
-        left = present ? static_cast<int>(a.K) - lane() : 0;
-    }
-
-    // The next tile's.
-    __device__ void read(const EvoformerArguments &a) {
-#pragma unroll
-        for (int part = 0; part < BLOCK / 32; ++part) {
-            const bool there = left > 32 * part;
-            raw[part].mask = there;
-            round_to(0.0f, &raw[part].bias);
-            if (there && a.mask.data != nullptr) raw[part].mask = mask[32 * part * a.mask.stride[2]];
-            if (MASK_BIAS && there) raw[part].bias = bias[32 * part * a.mask_bias.stride[4]];
-        }
-        left -= BLOCK;
-        mask += BLOCK * a.mask.stride[2];
-        if (MASK_BIAS) bias += BLOCK * a.mask_bias.stride[4];
-    }
-};
-
-// Copies all that the block multiplies, in the order in which it does. Each of the four warps copies a
-// quarter of q and of the pair bias, and k or v of every second row s.
+// Fetches all that the block multiplies, in the order in which it does: one thread.
 template <bool CAREFUL>
-__device__ void copy(const EvoformerArguments &a, Shared &shared, Turn &turn, WorkTurn &q_turn) {
-    constexpr int PER_ROW = BLOCK / 8, PIECE_ROWS = COPYING / PER_ROW, ROWS_EACH = (ROWS + 1) / 2;
-    const bool values = copier() / 32 % 2 == 1;
-    const int64 stride = values ? a.v.stride[2] : a.k.stride[2];
-    const int row = copier() / PER_ROW, column = copier() % PER_ROW * 8;  // of the pair bias
-    const RowCopier<COPYING> of_queries(a, copier());
-    const RowCopier<32> of_keys(a, lane());
+__device__ void fetch(const Given &given, Shared &shared, Turn &turn, WorkTurn &q_turn) {
+    const EvoformerArguments &a = given.a;
     const unsigned last = Work::count(a, a.Q, a.H);
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         if (CAREFUL && !shared.again[n]) continue;
         const int buffer = q_turn.stage();
         wait_for(&shared.q_done[buffer], 1 - q_turn.phase());
         const Work place(a, a.Q, a.H, work);
-        const int queries = clamp(a.Q - place.first, 0, QUERIES);
+        const int query = static_cast<int>(place.first), queries = clamp(a.Q - place.first, 0, QUERIES);
+        const int b = static_cast<int>(place.at.b), s = static_cast<int>(place.at.s);
+        const int h = static_cast<int>(place.at.h);
 #pragma unroll 1
-        for (int r = 0; r < ROWS; ++r) {
-            const Head at = place.row(r);
-            const int rows = at.s < a.S ? queries : 0, ours = rows - of_queries.row;
-            of_queries.copy(shared.q[buffer][r],
-                            of_queries.first(channels_of(a.q, at, place.first), a.q.stride[2]),
-                            a.q.stride[2], [=](int i) { return i < ours; });
-            if (copier() == 0) shared.target[buffer][r] = target_of(a, at, place.first, rows);
-        }
-        arrive_with_copies(&shared.q_there[buffer]);
-        arrive(&shared.q_there[buffer]);
+        for (int r = 0; r < ROWS; ++r)
+            shared.target[buffer][r] =
+                target_of(a, place.row(r), place.first, s + r < a.S ? queries : 0);
+        arrive_expecting(&shared.q_there[buffer], sizeof(shared.q[buffer]));
+#pragma unroll 1
+        for (int r = 0; r < ROWS; ++r)
+            fetch_rows(shared.q[buffer][r], given.q, query, h, s + r, b, &shared.q_there[buffer]);
         ++q_turn.count;
 
-        const Head group = a.H == a.G ? place.at : group_of(a, place.at);
+        const int g = static_cast<int>(group_of(a, place.at).h), keys = static_cast<int>(a.K);
+#pragma unroll 1
+        for (int key = 0; key < keys; key += BLOCK, ++turn.count) {
+            Stage &stage = shared.stage[turn.stage()];
+            Signal *fetched = &shared.fetched[turn.stage()];
+            wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+            arrive_expecting(fetched, sizeof(stage.pair_bias) + sizeof(stage.k) + sizeof(stage.v));
+            fetch_tile(stage.pair_bias, given.pair_bias, key, query, h, 0, b, fetched);
+#pragma unroll 1
+            for (int r = 0; r < ROWS; ++r) {
+                fetch_rows(stage.k[r], given.k, key, g, s + r, b, fetched);
+                fetch_rows(stage.v[r], given.v, key, g, s + r, b, fetched);
+            }
+        }
+    }
+}
+
+constexpr int TELLING = ROWS < 3 ? ROWS : 3;  // warps
+
+// Tells of the keys, and makes zeros of those that are dropped, which must not be seen (rule EVO-4): each of
+// the other warps does some of the rows s.
+template <bool CAREFUL>
+__device__ void tell(const EvoformerArguments &a, Shared &shared, Turn &turn) {
+    constexpr int ROWS_EACH = (ROWS + TELLING - 1) / TELLING;
+    const int first_row = copier() / 32 - 1;
+    const unsigned last = Work::count(a, a.Q, a.H);
+    for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
+        if (CAREFUL && !shared.again[n]) continue;
+        const Work place(a, a.Q, a.H, work);
         LaneKeys keys[ROWS_EACH];
-        const Element *from[ROWS_EACH];
-        const int first_row = copier() / 64;  // the warp's first row s, of every second
 #pragma unroll
         for (int i = 0; i < ROWS_EACH; ++i) {
-            const int r = first_row + 2 * i;
-            const bool present = r < ROWS && place.at.s + r < a.S;
-            keys[i].start(a, place.row(r), present);
+            const int r = first_row + TELLING * i;
+            keys[i].start(a, place.row(r), r < ROWS && place.at.s + r < a.S);
             keys[i].read(a);
-            from[i] = of_keys.first(
-                channels_of(values ? a.v : a.k, {group.b, group.s + r, group.h}, 0), stride);
         }
-        const Element *pair_bias = static_cast<const Element *>(a.pair_bias.data) +
-                                   place.at.b * a.pair_bias.stride[0] +
-                                   place.at.h * a.pair_bias.stride[2] +
-                                   (place.first + row) * a.pair_bias.stride[3] + column;
+#pragma unroll 1
         for (int left = static_cast<int>(a.K); left > 0; left -= BLOCK, ++turn.count) {
             Stage &stage = shared.stage[turn.stage()];
             wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-            BiasRow *to = stage.pair_bias + row;
-            const Element *piece = pair_bias;
-            if (queries == QUERIES && left >= BLOCK) {
-#pragma unroll
-                for (int i = 0; i < QUERIES; i += PIECE_ROWS) {
-                    cp_async_16(to[i] + column, piece);
-                    // from the one before, not by a multiple of its own
-                    piece += PIECE_ROWS * a.pair_bias.stride[3] + unknown_zero();
-                }
-            } else {
-#pragma unroll 1
-                for (int i = 0; i < QUERIES; i += PIECE_ROWS) {
-                    cp_async_16(to[i] + column, piece, i + row < queries && column < left);
-                    piece += PIECE_ROWS * a.pair_bias.stride[3];
-                }
-            }
-            pair_bias += BLOCK;
+            unsigned kept[ROWS_EACH];
 #pragma unroll
             for (int i = 0; i < ROWS_EACH; ++i) {
-                const int r = first_row + 2 * i;
+                const int r = first_row + TELLING * i;
                 if (r >= ROWS) break;
-                KeyTile &told = stage.keys[r];
-                unsigned kept[BLOCK / 32];
-                bool any = false, all = a.D == HEAD_DIM;
-#pragma unroll
-                for (int part = 0; part < BLOCK / 32; ++part) {
-                    const bool keep = keys[i].raw[part].mask != 0;
-                    kept[part] = __ballot_sync(ALL_LANES, keep);
-                    any |= kept[part] != 0, all &= kept[part] == ALL_LANES;
-                    if (values) continue;
-                    const int j = lane() + 32 * part;
-                    told.choice[j] = keep ? choice_of(j) : DROPPED;
-                    if (MASK_BIAS) told.bias[j] = keep ? to_float(keys[i].raw[part].bias) : -infinity();
-                }
-                if (!values && lane() == 0) told.any = any;
-                of_keys.copy(values ? stage.v[r] : stage.k[r], from[i], stride, kept, all);
-                from[i] += BLOCK * stride;
+                kept[i] = keys[i].tell(a, stage.mask[r], shared.kept[turn.stage()][r]);
                 keys[i].read(a);
             }
-            arrive_with_copies(&shared.there[turn.stage()]);
-            arrive(&shared.there[turn.stage()]);
+            wait_for(&shared.fetched[turn.stage()], turn.phase());
+#pragma unroll
+            for (int i = 0; i < ROWS_EACH; ++i) {
+                const int r = first_row + TELLING * i;
+                if (r >= ROWS) break;
+                LaneKeys::clear(kept[i], stage.k[r], stage.v[r]);
+            }
+            shared_for_warpgroups();
+            __syncwarp();
+            if (lane() == 0) arrive(&shared.there[turn.stage()]);
         }
     }
 }
@@ -364,17 +326,14 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn
             const Stage &stage = shared.stage[turn.stage()];
             wait_for(&shared.there[turn.stage()], turn.phase());
             __syncwarp();
-            bool any[TURNS];
-#pragma unroll
-            for (int i = 0; i < TURNS; ++i) any[i] = stage.keys[first_row + i * AT_ONCE].any != 0;
-            shared_for_warpgroups();
 #pragma unroll
             for (int i = 0; i < TURNS; ++i) {
-                if (!any[i]) continue;
-                seen[i] = true;
                 const int r = first_row + i * AT_ONCE;
-                attend<CAREFUL>(running[i], shared.q[buffer][r], query, stage.k[r], stage.v[r],
-                                stage.pair_bias, stage.keys[r], a.scale);
+                const KeptKeys &kept = shared.kept[turn.stage()][r];
+                if (!kept.any()) continue;
+                seen[i] = true;
+                attend<CAREFUL>(running[i], shared.q[buffer][r], query, stage, r, kept, shared.halves,
+                                a.scale);
             }
             __syncwarp();
             if (lane() == 0) arrive(&shared.done[turn.stage()]);
@@ -397,32 +356,42 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn
 __device__ inline bool any_again(Shared &shared) {
     wait_for(&shared.finished, 0);
     bool found = false;
-    for (int n = lane(); n < MOST_WORKS; n += 32) found |= shared.again[n] != 0;
-    return __any_sync(ALL_LANES, found);
+    for (int n = 0; n < MOST_WORKS; n += 4) found |= *reinterpret_cast<unsigned *>(shared.again + n) != 0;
+    return found;
 }
 
 extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
-    evoformer_warpgroup_forward(const EvoformerArguments a) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    evoformer_warpgroup_forward(const __grid_constant__ Given given) {
+    extern __shared__ __align__(1024) unsigned char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
+    const EvoformerArguments &a = given.a;
 
     for (int n = threadIdx.x; n < MOST_WORKS; n += blockDim.x) shared.again[n] = 0;
+    shared.halves.make();
+    for (int i = 0; i < STAGES; ++i)
+        for (int r = 0; r < ROWS; ++r) shared.stage[i].mask[r].make();
     if (threadIdx.x == 0) {
-        // By each thread that copies twice: with its copies, and with what it has written itself.
         for (int i = 0; i < WORKS; ++i)
-            expect(&shared.q_there[i], 2 * COPYING), expect(&shared.q_done[i], MULTIPLYING / 32);
+            expect(&shared.q_there[i], 1), expect(&shared.q_done[i], MULTIPLYING / 32);
         for (int i = 0; i < STAGES; ++i)
-            expect(&shared.there[i], 2 * COPYING), expect(&shared.done[i], MULTIPLYING / 32);
+            expect(&shared.fetched[i], 1), expect(&shared.there[i], TELLING),
+                expect(&shared.done[i], MULTIPLYING / 32);
         expect(&shared.finished, MULTIPLYING);
     }
+    shared_for_warpgroups();
     __syncthreads();
 
     Turn turn;
     WorkTurn q_turn;
     if (static_cast<int>(threadIdx.x) >= MULTIPLYING) {
         take_fewer_registers<FEWER>();
-        copy<false>(a, shared, turn, q_turn);
-        if (any_again(shared)) copy<true>(a, shared, turn, q_turn);
+        if (copier() == 0) {
+            fetch<false>(given, shared, turn, q_turn);
+            if (any_again(shared)) fetch<true>(given, shared, turn, q_turn);
+        } else if (copier() >= 32 && copier() < 32 * (1 + TELLING)) {
+            tell<false>(a, shared, turn);
+            if (any_again(shared)) tell<true>(a, shared, turn);
+        }
     } else {
         take_more_registers<MORE>();
         multiply<false>(a, shared, turn, q_turn);

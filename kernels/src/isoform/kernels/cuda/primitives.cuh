@@ -86,8 +86,6 @@ __device__ inline float reciprocal_approximate(float x) { return 1.0f / x; }
 __device__ inline void rarely() {}
 __device__ inline int unknown_zero() { return 0; }
 __device__ inline float anew(float x) { return x; }
-template <class T>
-__device__ inline T *anew(T *x) { return x; }
 using SharedAddress = const unsigned char *;
 __device__ inline SharedAddress shared_address(const void *place) {
     return static_cast<SharedAddress>(place);
@@ -200,24 +198,44 @@ __device__ inline void arrive(Signal *signal) {
                  : "memory");
 }
 
-// Arrives when all that the thread has begun to copy is there.
-__device__ inline void arrive_with_copies(Signal *signal) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(signal))
-                 : "memory");
-}
-
 __device__ inline void wait_for(Signal *signal, unsigned phase) {
 #if __CUDA_ARCH__ >= 900
-#define ISOFORM_WAIT "mbarrier.try_wait.parity.shared.b64"  // which sleeps a while
+#define ISOFORM_WAIT "mbarrier.try_wait.parity.shared.b64 over, [%0], %1, 10000000"  // which sleeps, for ns
 #else
-#define ISOFORM_WAIT "mbarrier.test_wait.parity.shared.b64"
+#define ISOFORM_WAIT "mbarrier.test_wait.parity.shared.b64 over, [%0], %1"
 #endif
-    asm volatile("{ .reg .pred over; again: " ISOFORM_WAIT " over, [%0], %1; @!over bra again; }" ::"r"(
+    asm volatile("{ .reg .pred over; again: " ISOFORM_WAIT "; @!over bra again; }" ::"r"(
                      shared_address(signal)),
                  "r"(phase)
                  : "memory");
 #undef ISOFORM_WAIT
 }
+
+// How an array lies of which tiles are fetched, at most five axes: what the driver says of it, or the
+// emulator.
+struct alignas(64) TileMap {
+    unsigned char bytes[128];
+};
+
+#if __CUDA_ARCH__ >= 900
+// Starts to fetch the tile that begins at these places of the axes, that in which it is adjacent first, to
+// shared memory. The signal has to expect its bytes.
+__device__ inline void fetch_tile(void *shared, const TileMap &map, int at0, int at1, int at2, int at3,
+                                  int at4, Signal *signal) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(shared_address(shared)),
+                 "l"(&map), "r"(at0), "r"(at1), "r"(at2), "r"(at3), "r"(at4),
+                 "r"(shared_address(signal))
+                 : "memory");
+}
+
+// Arrives, and has the signal wait for so many bytes that are fetched.
+__device__ inline void arrive_expecting(Signal *signal, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(signal)),
+                 "r"(bytes)
+                 : "memory");
+}
+#endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define ISOFORM_WARPGROUPS 1
@@ -250,9 +268,16 @@ __device__ inline TileName by_rows(SharedAddress first, unsigned across) {
     return name_of(first, across, 128);
 }
 
-// Of a right operand whose rows are summed over.
-__device__ inline TileName by_columns(SharedAddress first, unsigned across) {
-    return name_of(first, 128, across);
+// Of a right operand whose rows are summed over: from eight of them to the next eight it is `down` bytes.
+__device__ inline TileName by_columns(SharedAddress first, unsigned across, unsigned down = 128) {
+    return name_of(first, down, across);
+}
+
+// The same, whatever is summed over, of a tile of which rows of 32 bytes are adjacent in memory, with their two
+// pieces exchanged in every second four of them: further columns follow `across` bytes further.
+__device__ inline TileName swizzled(SharedAddress first, unsigned across = 0) {
+    const TileName plain = name_of(first, across, 256);
+    return {plain.low, plain.high | 3u << 30};
 }
 
 __device__ inline void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -375,19 +400,6 @@ __device__ inline int unknown_zero() {
 __device__ inline float anew(float x) {
     asm volatile("" : "+f"(x));
     return x;
-}
-template <class T>
-__device__ inline T *anew(T *x) {
-    asm volatile("" : "+l"(x));
-    return x;
-}
-
-// Four of the eight bytes of `high` and `low`, which are numbered from the lowest of `low` on: `chosen`
-// has a number in each of its four lowest half-bytes, and may have anything above.
-__device__ inline unsigned choose_bytes(unsigned low, unsigned high, unsigned chosen) {
-    unsigned result;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(chosen));
-    return result;
 }
 
 // 1 / x to one unit in the last place; of a subnormal x it is ±inf.

@@ -5,26 +5,29 @@ NumPy's arrays are the memory.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from isoform.kernels import tiles
 from isoform.kernels.arguments import View
 from isoform.kernels.emulate.program import Order, build
 from isoform.kernels.launch import Launch, Told
 from isoform.kernels.rotary_launch import Lying
+from isoform.kernels.tiles import with_maps
 
 Array = npt.NDArray[Any]
 
 
-def launch_all(launches: Iterable[Launch], arguments: bytes, order: Order = "forward") -> None:
+def launch_all(launches: Iterable[Launch], arguments: Array, order: Order = "forward") -> None:
     """Run kernels, one after the other.
 
     Args:
         launches: What is launched.
-        arguments: The bytes of the structure that all of them take.
+        arguments: The structure that all of them take, a NumPy record.
         order: As in :meth:`isoform.kernels.emulate.Program.launch`, which says what is raised too.
     """
     for launch in launches:
@@ -32,7 +35,7 @@ def launch_all(launches: Iterable[Launch], arguments: bytes, order: Order = "for
             launch.kernel,
             grid=(launch.blocks,),
             block=launch.threads,
-            arguments=arguments,
+            arguments=with_maps(arguments, launch.tiles, tile_map),
             shared_bytes=launch.shared_bytes,
             order=order,
         )
@@ -49,7 +52,13 @@ def launch_told(told: Told, order: Order = "forward") -> None:
     arguments = told.arguments.copy()
     for name, x in scratch.items():
         arguments[name] = x.ctypes.data
-    launch_all(told.work.launches, arguments.tobytes(), order)
+    launch_all(told.work.launches, arguments, order)
+
+
+def tile_map(it: tiles.Lying) -> bytes:
+    """How an array lies of which tiles are fetched, as the emulator's ``TileMap`` has it."""
+    numbers = (it.address, *it.sizes, *it.steps, *it.box)
+    return struct.pack("=Q5q4qII", *numbers).ljust(tiles.MAP_BYTES, b"\0")
 
 
 def unwritten(shape: tuple[int, ...], dtype: Any) -> Array:

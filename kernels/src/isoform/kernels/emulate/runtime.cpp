@@ -43,6 +43,13 @@ struct PendingCopy {
     unsigned group;
 };
 
+// A tile that nobody has waited for yet.
+struct PendingTile {
+    unsigned char* target;
+    TileMap map;
+    int at[5];
+};
+
 struct Task : Thread {
     Fiber fiber;
     State state = State::ready;
@@ -199,10 +206,39 @@ void require_alignment(const Site& site, const void* address) {
     }
 }
 
-void require_byte(const Site& site, unsigned byte) {
-    if (byte > 7) {
-        fail(described(*current) + formatted(": there is no byte %u to choose at ", byte) +
-             described(site));
+// What a signal's phase has to wait for besides arrivals, if anything.
+struct Fetching {
+    const Signal* signal;
+    std::int64_t bytes;  // that are expected, and have not arrived
+    std::vector<PendingTile> tiles;
+};
+
+static std::vector<Fetching> fetchings;
+
+static Fetching& fetching_of(const Signal& signal) {
+    for (Fetching& one : fetchings) {
+        if (one.signal == &signal) {
+            return one;
+        }
+    }
+    fetchings.push_back({&signal, 0, {}});
+    return fetchings.back();
+}
+
+// Those who wait are to look again.
+static void wake(const Signal& signal) {
+    for (unsigned i = 0; i < progress.threads; ++i) {
+        if (tasks[i].state == State::at_signal && tasks[i].signal == &signal) {
+            tasks[i].state = State::ready;
+        }
+    }
+}
+
+static void end_phase_if_over(Signal& signal) {
+    if (signal.lacking == 0 && fetching_of(signal).bytes == 0) {
+        signal.lacking = signal.expected;
+        ++signal.phase;
+        wake(signal);
     }
 }
 
@@ -210,24 +246,67 @@ void arrive_at(const Site& site, Signal& signal) {
     if (signal.lacking == 0 || signal.lacking > signal.expected || signal.expected > MAX_THREADS) {
         fail(described(*current) + " arrives at " + described(site) + ", where nobody is expected");
     }
-    if (--signal.lacking > 0) {
-        return;
+    --signal.lacking;
+    end_phase_if_over(signal);
+}
+
+// Copy a box of an array, with zeros where there is nothing; and say how many bytes it has.
+static std::int64_t fetch(const PendingTile& tile) {
+    const TileMap& map = tile.map;
+    const auto there = [&](unsigned axis, std::int64_t at) { return at >= 0 && at < map.sizes[axis]; };
+    std::int64_t start = 0;
+    bool any = true;
+    for (unsigned axis = 2; axis < 5; ++axis) {
+        any = any && there(axis, tile.at[axis]);
+        start += tile.at[axis] * map.steps[axis - 1];
     }
-    signal.lacking = signal.expected;
-    ++signal.phase;
-    for (unsigned i = 0; i < progress.threads; ++i) {
-        if (tasks[i].state == State::at_signal && tasks[i].signal == &signal) {
-            tasks[i].state = State::ready;  // to look again
+    for (std::uint32_t row = 0; row < map.box[1]; ++row) {
+        const std::int64_t y = tile.at[1] + std::int64_t{row};
+        const std::uint32_t swizzle = map.box[0] == 64 ? row % 8 : row / 4 % 2;
+        for (std::uint32_t piece = 0; piece < map.box[0] / 8; ++piece) {
+            unsigned char* target = tile.target + 2 * row * map.box[0] + 16 * (piece ^ swizzle);
+            std::memset(target, 0, 16);
+            const std::int64_t x = tile.at[0] + std::int64_t{8 * piece}, end = map.sizes[0];
+            if (any && there(1, y) && there(0, x)) {
+                const std::uint64_t source = map.address + start + y * map.steps[0] + 2 * x;
+                std::memcpy(target, reinterpret_cast<const void*>(source), x + 8 > end ? 2 * (end - x) : 16);
+            }
+        }
+    }
+    return std::int64_t{2} * map.box[0] * map.box[1];
+}
+
+void wait_at(const Site& site, Signal& signal, unsigned phase) {
+    running().site = site;
+    while (signal.phase % 2 == phase) {
+        Fetching& fetching = fetching_of(signal);
+        for (const PendingTile& tile : fetching.tiles) {
+            fetching.bytes -= fetch(tile);
+        }
+        fetching.tiles.clear();
+        end_phase_if_over(signal);
+        if (signal.phase % 2 == phase) {
+            running().signal = &signal;
+            wait(State::at_signal);
         }
     }
 }
 
-void wait_at(const Site& site, const Signal& signal, unsigned phase) {
-    running().site = site;
-    while (signal.phase % 2 == phase) {
-        running().signal = &signal;
-        wait(State::at_signal);
+void expect_bytes(Signal& signal, std::uint32_t bytes) {
+    fetching_of(signal).bytes += bytes;
+}
+
+void fetch_later(const Site& site, void* target, const TileMap& map, const int (&at)[5], Signal& signal) {
+    const std::uintptr_t alignment = map.box[0] == 64 ? 1024 : 256;  // after which swizzling repeats
+    if (reinterpret_cast<std::uintptr_t>(target) % alignment != 0) {
+        fail(described(*current) + formatted(": a tile that is no multiple of %d bytes from the start of "
+                                             "shared memory is fetched at ", static_cast<int>(alignment)) +
+             described(site));
     }
+    PendingTile tile{static_cast<unsigned char*>(target), map, {}};
+    std::memcpy(tile.at, at, sizeof at);
+    fetching_of(signal).tiles.push_back(tile);
+    wake(signal);
 }
 
 void copy_later(void* target, const void* source) {
@@ -358,6 +437,7 @@ static void poison_shared(const Piece& shared, std::size_t dynamic_bytes) {
 
 static void run_block(Turns& turns) {
     progress.waiting = progress.returned = 0;
+    fetchings.clear();
     for (unsigned i = 0; i < progress.threads; ++i) {
         Task& thread = tasks[i];
         const dim3& size = block.block_size;

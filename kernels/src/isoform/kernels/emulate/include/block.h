@@ -58,7 +58,6 @@ void let_go(unsigned mask);
 // Faults that are found by what a lane asks for. None returns if it is one.
 void require_lane(unsigned taking_part, unsigned lane, int source);
 void require_alignment(const Site& site, const void* address);
-void require_byte(const Site& site, unsigned byte);
 
 // Copies of 16 bytes, of zeros where `source` is null, that arrive when the thread waits for them:
 // `pending` groups at most stay under way.
@@ -73,7 +72,22 @@ struct alignas(8) Signal {
 };
 
 void arrive_at(const Site& site, Signal& signal);
-void wait_at(const Site& site, const Signal& signal, unsigned phase);
+void wait_at(const Site& site, Signal& signal, unsigned phase);
+
+// How an array lies of which tiles are fetched: as `isoform.kernels.emulate.calls.tile_map` says it. Its
+// elements have two bytes.
+struct alignas(64) TileMap {
+    std::uint64_t address;
+    std::int64_t sizes[5];
+    std::int64_t steps[4];  // in bytes, of all axes but the first
+    std::uint32_t box[2];   // along the first two
+    unsigned char unused[40];
+};
+static_assert(sizeof(TileMap) == 128, "calls.py has another idea of TileMap");
+
+// A tile whose bytes the signal expects. It arrives when somebody waits for the signal.
+void expect_bytes(Signal& signal, std::uint32_t bytes);
+void fetch_later(const Site& site, void* target, const TileMap& map, const int (&at)[5], Signal& signal);
 
 // An operation of the lanes in `mask`. The last of them to arrive does it for all: `combine` maps
 // the lanes' inputs to their outputs.

@@ -121,19 +121,6 @@ inline void ldmatrix_x4_trans(unsigned (&matrices)[4], const void* row, ISOFORM_
     std::memcpy(matrices, words.values, sizeof words);
 }
 
-// Four of the eight bytes of `high` and `low`, numbered by the half-bytes of `chosen`. PTX takes a number
-// above 7 for something else.
-inline unsigned choose_bytes(unsigned low, unsigned high, unsigned chosen, ISOFORM_HERE) {
-    const std::uint64_t bytes = static_cast<std::uint64_t>(high) << 32 | low;
-    unsigned result = 0;
-    for (unsigned i = 0; i < 4; ++i) {
-        const unsigned byte = chosen >> 4 * i & 0xf;
-        isoform::emulate::require_byte(ISOFORM_SITE, byte);
-        result |= static_cast<unsigned>(bytes >> 8 * byte & 0xff) << 8 * i;
-    }
-    return result;
-}
-
 // Copy 16 bytes to shared memory, zeros where they are not wanted. As late as the device may: the
 // bytes arrive when the thread waits for them, so that who forgets to wait reads what was there before.
 inline void cp_async_16(void* shared, const void* global, bool wanted = true, ISOFORM_HERE) {
@@ -168,14 +155,20 @@ inline void arrive(Signal* signal, ISOFORM_HERE) {
     isoform::emulate::arrive_at(ISOFORM_SITE, *signal);
 }
 
-// Arrive when all that the thread has begun to copy is there: which is now, as nobody can see a copy
-// before the signal's phase ends.
-inline void arrive_with_copies(Signal* signal, ISOFORM_HERE) {
-    cp_async_commit();
-    cp_async_wait<0>();
+inline void wait_for(Signal* signal, unsigned phase, ISOFORM_HERE) {
+    isoform::emulate::wait_at(ISOFORM_SITE, *signal, phase);
+}
+
+// Tiles that are fetched
+
+using isoform::emulate::TileMap;
+
+inline void arrive_expecting(Signal* signal, int bytes, ISOFORM_HERE) {
+    isoform::emulate::expect_bytes(*signal, static_cast<std::uint32_t>(bytes));
     arrive(signal, file, line);
 }
 
-inline void wait_for(Signal* signal, unsigned phase, ISOFORM_HERE) {
-    isoform::emulate::wait_at(ISOFORM_SITE, *signal, phase);
+inline void fetch_tile(void* shared, const TileMap& map, int at0, int at1, int at2, int at3, int at4,
+                       Signal* signal, ISOFORM_HERE) {
+    isoform::emulate::fetch_later(ISOFORM_SITE, shared, map, {at0, at1, at2, at3, at4}, *signal);
 }
