@@ -160,7 +160,9 @@ def driver_map(it: Lying) -> bytes:
 def _encode() -> Any:
     """The driver's function."""
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    function = library.cuTensorMapEncodeTiled
+    function = getattr(library, "cuTensorMapEncodeTiled", None)
+    if function is None:
+        raise TileMapRefused("the driver makes no maps of tiles: update it, to CUDA 12 or newer")
     function.argtypes = [
         ctypes.c_void_p,
         *(ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),

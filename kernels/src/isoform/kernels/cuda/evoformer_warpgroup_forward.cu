@@ -33,9 +33,9 @@ struct alignas(1024) Stage {
 // Where the results of one row s go: of the block's first query.
 struct Target {
     Element *out;
-    float *lse;     // null where it is not wanted
-    int64 number;   // of those the backward wants, −1 where it is not wanted
-    int64 queries;  // that there are, 0 if the row is not there
+    float *lse;    // null where it is not wanted
+    int64 number;  // of those the backward wants, −1 where it is not wanted
+    int queries;   // that there are, 0 if the row is not there
 };
 
 constexpr int MOST_WORKS = 1024;  // of a block
@@ -60,6 +60,14 @@ struct Given {
     EvoformerArguments a;
     TileMap q, k, v, pair_bias;
 };
+
+// A weight is 2^(s log₂ e − shift), where shift is top log₂ e, rounded.
+__device__ inline float shift_of(float top) { return __fmul_rn(top, LOG2_E); }
+
+// By what part weights are more than e^(s − top).
+__device__ inline float excess_of(float top) {
+    return fmaf(top, LOG2_E, -shift_of(top)) * (1.0f / LOG2_E);
+}
 
 // The softmax so far of a lane's two queries of one row s, lane / 4 and lane / 4 + 8 of the warp's:
 // Σ e^(s − top) v and Σ e^(s − top), the latter of the lane's keys.
@@ -89,7 +97,7 @@ struct Running {
         if (CAREFUL)
             by = top[half] == -infinity() ? 0.0f : exp2_approximate((top[half] - most) * LOG2_E);
         else
-            by = exp2_approximate(top[half] * LOG2_E - most * LOG2_E);
+            by = exp2_approximate(shift_of(top[half]) - shift_of(most));
         top[half] = most;
         total[half] *= by;
 #pragma unroll
@@ -98,7 +106,7 @@ struct Running {
 
     // Whether the quick way may have gone wrong in one of the warp's first `queries`: no logit within
     // bounds, or something not finite.
-    __device__ bool doubtful(int64 queries) const {
+    __device__ bool doubtful(int queries) const {
         bool found = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -160,7 +168,7 @@ __device__ inline void attend(Running &running, const QueryRows &q, int query, c
     unsigned weights[BLOCK / 16][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float top = running.top[half], shift = top * LOG2_E;
+        const float top = running.top[half], shift = shift_of(top);
         float sum = 0.0f;  // by itself: shorter sums round less
 #pragma unroll
         for (int n = 0; n < KEY_TILES; ++n) {
@@ -280,21 +288,26 @@ __device__ void tell(const EvoformerArguments &a, Shared &shared, Turn &turn) {
 // --- The warps that multiply ---------------------------------------------------------------------
 
 // Writes the warp's queries of one row s, from `query` of the block on.
+template <bool CAREFUL>
 __device__ inline void finish(const EvoformerArguments &a, const Running &running,
                               const Target &target, int query, bool seen) {
+    const float totals[2] = {over_row(running.total[0]), over_row(running.total[1])};
+    const int first = query + lane() / 4, upper = lane() % 4, own = first + 8 * upper;
+    if (upper < 2 && own < target.queries) {  // two lanes of each four, of a query each
+        const float total = upper == 0 ? totals[0] : totals[1];
+        const float largest = upper == 0 ? running.top[0] : running.top[1];
+        const float top = seen ? largest : -infinity();
+        const float sum = CAREFUL ? total : fmaf(total, -excess_of(largest), total);
+        if (target.lse != nullptr)
+            target.lse[own * a.lse.stride[3]] = total != 0.0f ? top + logf(sum) : -infinity();
+        if (target.number >= 0) keep_softmax(a, target.number + own, top, sum);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float total = over_row(running.total[half]);
-        const bool alive = total != 0.0f;  // not top: a row of nothing but NaN has no largest logit
-        const int i = query + lane() / 4 + 8 * half;
+        const int i = first + 8 * half;
         if (i >= target.queries) continue;
-        if (lane() % 4 == 0) {
-            const float top = seen ? running.top[half] : -infinity();
-            if (target.lse != nullptr)
-                target.lse[i * a.lse.stride[3]] = alive ? top + logf(total) : -infinity();
-            if (target.number >= 0) keep_softmax(a, target.number + i, top, total);
-        }
-        const float inverse = reciprocal_approximate(total);
+        const bool alive = totals[half] != 0.0f;  // not top: a row of nothing but NaN has no largest logit
+        const float inverse = reciprocal_approximate(totals[half]);
         Element *out = target.out + i * a.out.stride[2] + 2 * (lane() % 4);
 #pragma unroll
         for (int n = 0; n < CHANNEL_TILES; ++n)
@@ -343,7 +356,7 @@ __device__ void multiply(const EvoformerArguments &a, Shared &shared, Turn &turn
         for (int i = 0; i < TURNS; ++i) {
             const Target &target = shared.target[buffer][first_row + i * AT_ONCE];
             misfit |= seen[i] && running[i].doubtful(target.queries - query);
-            finish(a, running[i], target, query, seen[i]);
+            finish<CAREFUL>(a, running[i], target, query, seen[i]);
         }
         __syncwarp();
         if (lane() == 0) arrive(&shared.q_done[buffer]);
