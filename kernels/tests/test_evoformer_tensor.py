@@ -194,6 +194,14 @@ def test_tiles_are_fetched_forwards():
     assert not any("warpgroup" in launch.kernel for launch in backward.launches)
 
 
+@pytest.mark.parametrize("axis", "QK")
+def test_where_there_is_nothing_to_fetch_others_do_it(axis):
+    """Gradients of keys without queries, and of queries without keys, are zeros."""
+    empty = replace(TRIANGLE, **{axis: 0})
+    works = [on_hopper(empty), by_warpgroups(empty, UNGATED)]
+    assert not any("warpgroup" in one.kernel for work in works for one in work.launches)
+
+
 def test_what_is_fetched_is_said_in_the_order_of_the_source():
     """Of each kernel that fetches: the maps after the arguments, as ``struct Given`` has them."""
     launches = [*on_hopper(TRIANGLE).launches]

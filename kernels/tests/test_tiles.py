@@ -34,6 +34,13 @@ def test_a_pair_bias_lies_by_keys_and_queries():
     )
 
 
+def test_what_has_no_elements_has_no_map():
+    """The driver would refuse it."""
+    empty = pack(Shape(B=2, S=3, Q=5, K=0, H=4, G=2, D=16), VIEWS, 1.0)
+    with pytest.raises(ValueError, match="k has no elements"):
+        tiles.lying(Tile.of("k", 64), empty)
+
+
 @pytest.mark.parametrize(
     ("strides", "can_be"),
     [

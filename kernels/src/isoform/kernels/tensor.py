@@ -341,7 +341,7 @@ def backward(
     if not wanted:
         return Work(())
     chosen = choices(shape, operands)
-    if fetchable(operands, ROWS_OF_CHANNELS & operands.keys()):
+    if shape.Q and shape.K and fetchable(operands, ROWS_OF_CHANNELS & operands.keys()):
         together = warpgroup.backward(SPECIAL.get().teams, shape, dtype, chosen, wanted)
         if together is not None:
             return together

@@ -84,12 +84,18 @@ def fetchable(operands: Mapping[str, View], names: Iterable[str]) -> bool:
 
 
 def lying(tile: Tile, arguments: np.ndarray[Any, Any]) -> Lying:
-    """How the operand of a tile lies, by what kernels are told."""
+    """How the operand of a tile lies, by what kernels are told.
+
+    Raises:
+        ValueError: It has no elements: there is no map of it.
+    """
     axes = AXES[tile.operand]
     operand = arguments[tile.operand]
     rows = 3 if tile.operand == "pair_bias" else 2
     order = (4, rows, *(axis for axis in (3, 2, 1, 0) if axis != rows))
     sizes = tuple(1 if axes[axis] == "." else int(arguments[axes[axis]]) for axis in order)
+    if 0 in sizes:
+        raise ValueError(f"{tile.operand} has no elements, so there are no tiles to be fetched")
     steps = (ELEMENT_BYTES * int(operand["stride"][axis]) for axis in order[1:])
     return Lying(
         int(operand["data"]),
