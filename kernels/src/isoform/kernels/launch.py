@@ -119,12 +119,12 @@ class Prepared:
                 the scratch memory.
             stream: The stream's address.
         """
-        external = _stream(stream)
+        external, addresses = _stream(stream), np.array(pointers, np.uint64)
         given: _Template | None = None
         arguments: tuple[Any, ...] = ()
         for function, blocks, threads, shared_bytes, template in self._functions:
             if template is not given:  # most kernels of a pass are given the same
-                given, arguments = template, (template.filled(pointers),)
+                given, arguments = template, (template.filled(addresses),)
             function(blocks, threads, arguments, shared_bytes, external)
 
 
@@ -144,9 +144,10 @@ class _Template:
     order: np.ndarray[Any, Any]
     opaque: np.dtype[Any]
 
-    def filled(self, pointers: Sequence[int]) -> Any:
+    def filled(self, addresses: np.ndarray[Any, Any]) -> Any:
+        """It, with the addresses of one call."""
         words = self.words.copy()
-        words[self.places] = np.array(pointers, np.uint64)[self.order]
+        words[self.places] = addresses[self.order]
         return words.view(self.opaque)[0]
 
 
