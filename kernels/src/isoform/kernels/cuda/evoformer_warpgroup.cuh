@@ -355,6 +355,84 @@ struct LaneKeys {
 
 __device__ inline int copier() { return static_cast<int>(threadIdx.x) - MULTIPLYING; }
 
+// One thread fetches; of the other three warps as many tell as there are rows s, each of some of them.
+template <int MANY>
+struct Telling {
+    static constexpr int TELLERS = MANY < 3 ? MANY : 3, EACH = (MANY + TELLERS - 1) / TELLERS;
+
+    // The warp's rows s of the block: of those with a number below EACH some may not be there.
+    __device__ static int row(int i) { return copier() / 32 - 1 + TELLERS * i; }
+    __device__ static bool is_one() { return copier() >= 32 && copier() < 32 * (1 + TELLERS); }
+};
+
+// Where keys stream by, as tiles k and v of MANY rows s and one of the pair bias for all: fetches all tiles of
+// what the block does, `place`.
+template <int MANY, class Given, class Shared, class Work>
+__device__ inline void fetch_keys(const Given &given, Shared &shared, Turn &turn, const Work &place) {
+    const int keys = static_cast<int>(given.a.K), query = static_cast<int>(place.first);
+    const int b = static_cast<int>(place.at.b), s = static_cast<int>(place.at.s);
+    const int h = static_cast<int>(place.at.h), g = static_cast<int>(group_of(given.a, place.at).h);
+#pragma unroll 1
+    for (int key = 0; key < keys; key += BLOCK, ++turn.count) {
+        auto &stage = shared.stage[turn.stage()];
+        Signal *fetched = &shared.fetched[turn.stage()];
+        wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+        arrive_expecting(fetched, sizeof(stage.pair_bias) + sizeof(stage.k) + sizeof(stage.v));
+        fetch_tile(stage.pair_bias, given.pair_bias, key, query, h, 0, b, fetched);
+#pragma unroll 1
+        for (int r = 0; r < MANY; ++r) {
+            fetch_rows(stage.k[r], given.k, key, g, s + r, b, fetched);
+            fetch_rows(stage.v[r], given.v, key, g, s + r, b, fetched);
+        }
+    }
+}
+
+// And what the warp tells of them.
+template <int MANY>
+struct KeysOfRows {
+    using Part = Telling<MANY>;
+
+    LaneKeys keys[Part::EACH];
+
+    template <class Work>
+    __device__ void start(const EvoformerArguments &a, const Work &place) {
+#pragma unroll
+        for (int i = 0; i < Part::EACH; ++i) {
+            const int r = Part::row(i);
+            keys[i].start(a, place.row(r), r < MANY && place.at.s + r < a.S);
+            keys[i].read(a);
+        }
+    }
+
+    // Tells of all tiles, and makes zeros of keys that are dropped.
+    template <class Shared>
+    __device__ void tell(const EvoformerArguments &a, Shared &shared, Turn &turn) {
+#pragma unroll 1
+        for (int left = static_cast<int>(a.K); left > 0; left -= BLOCK, ++turn.count) {
+            auto &stage = shared.stage[turn.stage()];
+            wait_for(&shared.done[turn.stage()], 1 - turn.phase());
+            unsigned kept[Part::EACH];
+#pragma unroll
+            for (int i = 0; i < Part::EACH; ++i) {
+                const int r = Part::row(i);
+                if (r >= MANY) break;
+                kept[i] = keys[i].tell(a, stage.mask[r], shared.kept[turn.stage()][r]);
+                keys[i].read(a);
+            }
+            wait_for(&shared.fetched[turn.stage()], turn.phase());
+#pragma unroll
+            for (int i = 0; i < Part::EACH; ++i) {
+                const int r = Part::row(i);
+                if (r >= MANY) break;
+                LaneKeys::clear(kept[i], stage.k[r], stage.v[r]);
+            }
+            shared_for_warpgroups();
+            __syncwarp();
+            if (lane() == 0) arrive(&shared.there[turn.stage()]);
+        }
+    }
+};
+
 // --- Results ---------------------------------------------------------------------------------------
 
 // Whether pairs of neighbouring channels can be written as 4 bytes.

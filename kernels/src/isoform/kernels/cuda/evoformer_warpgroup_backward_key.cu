@@ -95,13 +95,11 @@ __device__ void fetch(const Given &given, Shared &shared) {
     }
 }
 
-constexpr int TELLING = ACROSS < 3 ? ACROSS : 3;  // warps
-
 // Tells of the queries, and makes zeros of keys that are dropped and of queries without a key, which must not
-// be seen (rule EVO-4): each of the other warps does some of the rows s.
+// be seen (rules EVO-4 and EVO-5).
 __device__ void tell(const EvoformerArguments &a, Shared &shared) {
-    constexpr int ROWS_EACH = (ACROSS + TELLING - 1) / TELLING;
-    const int first_row = copier() / 32 - 1;
+    using Part = Telling<ACROSS>;
+    constexpr int ROWS_EACH = Part::EACH;
     const int heads = static_cast<int>(a.H / a.G);
     const unsigned last = Work::count(a, a.K, a.G);
     Turn turn;
@@ -109,12 +107,12 @@ __device__ void tell(const EvoformerArguments &a, Shared &shared) {
     for (unsigned work = blockIdx.x; work < last; work += gridDim.x, phase ^= 1) {
         const Work place(a, a.K, a.G, work);
         const auto present = [&](int i) {
-            return first_row + TELLING * i < ACROSS && place.at.s + first_row + TELLING * i < a.S;
+            return Part::row(i) < ACROSS && place.at.s + Part::row(i) < a.S;
         };
         wait_for(&shared.keys_fetched, phase);
 #pragma unroll
         for (int i = 0; i < ROWS_EACH; ++i) {
-            const int r = first_row + TELLING * i;
+            const int r = Part::row(i);
             if (present(i))
 #pragma unroll 1
                 for (int j = lane(); j < KEYS; j += 32)
@@ -127,7 +125,7 @@ __device__ void tell(const EvoformerArguments &a, Shared &shared) {
 
 #pragma unroll 1
         for (int h = 0; h < heads; ++h) {
-            const Head at = {place.at.b, place.at.s + first_row, place.at.h * heads + h};
+            const Head at = {place.at.b, place.at.s + Part::row(0), place.at.h * heads + h};
             const Told *next = told_of(a, number_of(a, at, lane()));
             Told ahead[ROWS_EACH][2];  // of the lane's two queries of the next tile
             const auto read = [&](int left) {
@@ -136,7 +134,7 @@ __device__ void tell(const EvoformerArguments &a, Shared &shared) {
 #pragma unroll
                     for (int part = 0; part < 2; ++part)
                         ahead[i][part] = present(i) && left > 32 * part
-                                            ? next[i * TELLING * a.H * a.Q + 32 * part]
+                                            ? next[i * Part::TELLERS * a.H * a.Q + 32 * part]
                                             : Told{infinity(), 0.0f};
                 next += BLOCK;
             };
@@ -148,7 +146,7 @@ __device__ void tell(const EvoformerArguments &a, Shared &shared) {
                 bool dead[ROWS_EACH][2];
 #pragma unroll
                 for (int i = 0; i < ROWS_EACH; ++i) {
-                    const int r = first_row + TELLING * i;
+                    const int r = Part::row(i);
                     if (r >= ACROSS) break;
                     Queries &of = stage.queries[r];
                     bool careful = false;
@@ -169,7 +167,7 @@ __device__ void tell(const EvoformerArguments &a, Shared &shared) {
                 wait_for(&shared.fetched[turn.stage()], turn.phase());
 #pragma unroll
                 for (int i = 0; i < ROWS_EACH; ++i) {
-                    const int r = first_row + TELLING * i;
+                    const int r = Part::row(i);
                     if (r >= ACROSS) break;
 #pragma unroll
                     for (int part = 0; part < 2; ++part)
@@ -449,10 +447,10 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
     Shared &shared = *reinterpret_cast<Shared *>(memory);
 
     if (threadIdx.x == 0) {
-        expect(&shared.keys_fetched, 1), expect(&shared.keys_there, TELLING);
+        expect(&shared.keys_fetched, 1), expect(&shared.keys_there, Telling<ACROSS>::TELLERS);
         expect(&shared.keys_done, MULTIPLYING / 32);
         for (int i = 0; i < STAGES; ++i)
-            expect(&shared.fetched[i], 1), expect(&shared.there[i], TELLING),
+            expect(&shared.fetched[i], 1), expect(&shared.there[i], Telling<ACROSS>::TELLERS),
                 expect(&shared.done[i], MULTIPLYING / 32);
     }
     shared_for_warpgroups();
@@ -462,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
         take_fewer_registers<FEWER>();
         if (copier() == 0)
             fetch(given, shared);
-        else if (copier() >= 32 && copier() < 32 * (1 + TELLING))
+        else if (Telling<ACROSS>::is_one())
             tell(given.a, shared);
     } else {
         take_more_registers<MORE>();

@@ -337,21 +337,22 @@ __device__ inline void read(Starts &starts, const float *start) {
 
 // As products begin: with 0 for those who take care, who add biases one after the other.
 __device__ inline void begin(Products &x, const Starts &starts, bool careful) {
-    if (ADDED) return;
+    if constexpr (!ADDED) {
 #pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n)
-        x[n][0] = x[n][2] = starts[n].x, x[n][1] = x[n][3] = starts[n].y;
-    if (careful) {
-        rarely();
+        for (int n = 0; n < CHUNK / 8; ++n)
+            x[n][0] = x[n][2] = starts[n].x, x[n][1] = x[n][3] = starts[n].y;
+        if (careful) {
+            rarely();
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
+        }
 #pragma unroll
         for (int n = 0; n < CHUNK / 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
+            for (int e = 0; e < 4; ++e) x[n][e] = anew(x[n][e]);
     }
-#pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[n][e] = anew(x[n][e]);
 }
 
 // Between warpgroup_begin() and warpgroup_commit(): products with a team's keys from `first` on, as they began or

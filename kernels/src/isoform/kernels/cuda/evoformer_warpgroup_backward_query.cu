@@ -74,7 +74,6 @@ using Work = Place<QUERIES, ACROSS>;
 __device__ void fetch(const Given &given, Shared &shared) {
     const EvoformerArguments &a = given.a;
     const unsigned last = Work::count(a, a.Q, a.H);
-    const int keys = static_cast<int>(a.K);
     Turn turn;
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         wait_for(&shared.q_done, 1 - n % 2);
@@ -93,81 +92,41 @@ __device__ void fetch(const Given &given, Shared &shared) {
             fetch_rows(shared.q[r], given.q, query, h, s + r, b, &shared.q_there);
             fetch_rows(shared.cotangent[r], given.cotangent, query, h, s + r, b, &shared.q_there);
         }
-
-        const int g = static_cast<int>(group_of(a, place.at).h);
-#pragma unroll 1
-        for (int key = 0; key < keys; key += BLOCK, ++turn.count) {
-            Stage &stage = shared.stage[turn.stage()];
-            Signal *fetched = &shared.fetched[turn.stage()];
-            wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-            arrive_expecting(fetched, sizeof(stage.pair_bias) + sizeof(stage.k) + sizeof(stage.v));
-            fetch_tile(stage.pair_bias, given.pair_bias, key, query, h, 0, b, fetched);
-#pragma unroll 1
-            for (int r = 0; r < ACROSS; ++r) {
-                fetch_rows(stage.k[r], given.k, key, g, s + r, b, fetched);
-                fetch_rows(stage.v[r], given.v, key, g, s + r, b, fetched);
-            }
-        }
+        fetch_keys<ACROSS>(given, shared, turn, place);
     }
 }
 
-constexpr int TELLING = ACROSS < 3 ? ACROSS : 3;  // warps
-
-// Tells of queries and keys, and makes zeros of dropped keys: each of the other warps does some of the rows s.
+// Tells of all queries and keys, and makes zeros of keys that are dropped, which must not be seen (rule EVO-4).
 __device__ void tell(const EvoformerArguments &a, Shared &shared) {
-    constexpr int ROWS_EACH = (ACROSS + TELLING - 1) / TELLING, EACH = QUERIES / 32;
-    const int first_row = copier() / 32 - 1;
+    using Part = Telling<ACROSS>;
+    constexpr int EACH = QUERIES / 32;
     const unsigned last = Work::count(a, a.Q, a.H);
     Turn turn;
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         const Work place(a, a.Q, a.H, work);
-        LaneKeys keys[ROWS_EACH];
-        Told told[ROWS_EACH][EACH];
+        Told told[Part::EACH][EACH];
 #pragma unroll
-        for (int i = 0; i < ROWS_EACH; ++i) {
-            const int r = first_row + TELLING * i;
+        for (int i = 0; i < Part::EACH; ++i) {
+            const int r = Part::row(i);
             const bool present = r < ACROSS && place.at.s + r < a.S;
             const int left = present ? clamp(a.Q - place.first, 0, QUERIES) - lane() : 0;
             const Told *next = told_of(a, number_of(a, place.row(r), place.first) + lane());
 #pragma unroll
             for (int part = 0; part < EACH; ++part)
                 told[i][part] = left > 32 * part ? next[32 * part] : Told{infinity(), 0.0f};
-            keys[i].start(a, place.row(r), present);
-            keys[i].read(a);
         }
+        KeysOfRows<ACROSS> keys;
+        keys.start(a, place);
         wait_for(&shared.q_done, 1 - n % 2);
 #pragma unroll
-        for (int i = 0; i < ROWS_EACH; ++i)
+        for (int i = 0; i < Part::EACH; ++i)
 #pragma unroll
             for (int part = 0; part < EACH; ++part)
-                if (first_row + TELLING * i < ACROSS)
-                    shared.told[first_row + TELLING * i][lane() + 32 * part] = told[i][part];
+                if (Part::row(i) < ACROSS)
+                    shared.told[Part::row(i)][lane() + 32 * part] = told[i][part];
         __syncwarp();
         if (lane() == 0) arrive(&shared.q_there);
-
-#pragma unroll 1
-        for (int left = static_cast<int>(a.K); left > 0; left -= BLOCK, ++turn.count) {
-            Stage &stage = shared.stage[turn.stage()];
-            wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-            unsigned kept[ROWS_EACH];
-#pragma unroll
-            for (int i = 0; i < ROWS_EACH; ++i) {
-                const int r = first_row + TELLING * i;
-                if (r >= ACROSS) break;
-                kept[i] = keys[i].tell(a, stage.mask[r], shared.kept[turn.stage()][r]);
-                keys[i].read(a);
-            }
-            wait_for(&shared.fetched[turn.stage()], turn.phase());
-#pragma unroll
-            for (int i = 0; i < ROWS_EACH; ++i) {
-                const int r = first_row + TELLING * i;
-                if (r >= ACROSS) break;
-                LaneKeys::clear(kept[i], stage.k[r], stage.v[r]);
-            }
-            shared_for_warpgroups();
-            __syncwarp();
-            if (lane() == 0) arrive(&shared.there[turn.stage()]);
-        }
+        keys.tell(a, shared, turn);
     }
 }
 
@@ -447,9 +406,9 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
     for (int i = 0; i < STAGES; ++i)
         for (int r = 0; r < ACROSS; ++r) shared.stage[i].mask[r].make();
     if (threadIdx.x == 0) {
-        expect(&shared.q_there, 1 + TELLING), expect(&shared.q_done, MULTIPLYING / 32);
+        expect(&shared.q_there, 1 + Telling<ACROSS>::TELLERS), expect(&shared.q_done, MULTIPLYING / 32);
         for (int i = 0; i < STAGES; ++i)
-            expect(&shared.fetched[i], 1), expect(&shared.there[i], TELLING),
+            expect(&shared.fetched[i], 1), expect(&shared.there[i], Telling<ACROSS>::TELLERS),
                 expect(&shared.done[i], MULTIPLYING / 32);
     }
     shared_for_warpgroups();
@@ -458,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
         take_fewer_registers<FEWER>();
         if (copier() == 0)
             fetch(given, shared);
-        else if (copier() >= 32 && copier() < 32 * (1 + TELLING))
+        else if (Telling<ACROSS>::is_one())
             tell(given.a, shared);
     } else {
         take_more_registers<MORE>();

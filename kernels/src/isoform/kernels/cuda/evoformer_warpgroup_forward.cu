@@ -223,65 +223,19 @@ __device__ void fetch(const Given &given, Shared &shared, Turn &turn, WorkTurn &
             fetch_rows(shared.q[buffer][r], given.q, query, h, s + r, b, &shared.q_there[buffer]);
         ++q_turn.count;
 
-        const int g = static_cast<int>(group_of(a, place.at).h), keys = static_cast<int>(a.K);
-#pragma unroll 1
-        for (int key = 0; key < keys; key += BLOCK, ++turn.count) {
-            Stage &stage = shared.stage[turn.stage()];
-            Signal *fetched = &shared.fetched[turn.stage()];
-            wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-            arrive_expecting(fetched, sizeof(stage.pair_bias) + sizeof(stage.k) + sizeof(stage.v));
-            fetch_tile(stage.pair_bias, given.pair_bias, key, query, h, 0, b, fetched);
-#pragma unroll 1
-            for (int r = 0; r < ROWS; ++r) {
-                fetch_rows(stage.k[r], given.k, key, g, s + r, b, fetched);
-                fetch_rows(stage.v[r], given.v, key, g, s + r, b, fetched);
-            }
-        }
+        fetch_keys<ROWS>(given, shared, turn, place);
     }
 }
 
-constexpr int TELLING = ROWS < 3 ? ROWS : 3;  // warps
-
-// Tells of the keys, and makes zeros of those that are dropped, which must not be seen (rule EVO-4): each of
-// the other warps does some of the rows s.
+// Tells of all keys, and makes zeros of those that are dropped, which must not be seen (rule EVO-4).
 template <bool CAREFUL>
 __device__ void tell(const EvoformerArguments &a, Shared &shared, Turn &turn) {
-    constexpr int ROWS_EACH = (ROWS + TELLING - 1) / TELLING;
-    const int first_row = copier() / 32 - 1;
     const unsigned last = Work::count(a, a.Q, a.H);
     for (unsigned work = blockIdx.x, n = 0; work < last; work += gridDim.x, ++n) {
         if (CAREFUL && !shared.again[n]) continue;
-        const Work place(a, a.Q, a.H, work);
-        LaneKeys keys[ROWS_EACH];
-#pragma unroll
-        for (int i = 0; i < ROWS_EACH; ++i) {
-            const int r = first_row + TELLING * i;
-            keys[i].start(a, place.row(r), r < ROWS && place.at.s + r < a.S);
-            keys[i].read(a);
-        }
-#pragma unroll 1
-        for (int left = static_cast<int>(a.K); left > 0; left -= BLOCK, ++turn.count) {
-            Stage &stage = shared.stage[turn.stage()];
-            wait_for(&shared.done[turn.stage()], 1 - turn.phase());
-            unsigned kept[ROWS_EACH];
-#pragma unroll
-            for (int i = 0; i < ROWS_EACH; ++i) {
-                const int r = first_row + TELLING * i;
-                if (r >= ROWS) break;
-                kept[i] = keys[i].tell(a, stage.mask[r], shared.kept[turn.stage()][r]);
-                keys[i].read(a);
-            }
-            wait_for(&shared.fetched[turn.stage()], turn.phase());
-#pragma unroll
-            for (int i = 0; i < ROWS_EACH; ++i) {
-                const int r = first_row + TELLING * i;
-                if (r >= ROWS) break;
-                LaneKeys::clear(kept[i], stage.k[r], stage.v[r]);
-            }
-            shared_for_warpgroups();
-            __syncwarp();
-            if (lane() == 0) arrive(&shared.there[turn.stage()]);
-        }
+        KeysOfRows<ROWS> keys;
+        keys.start(a, Work(a, a.Q, a.H, work));
+        keys.tell(a, shared, turn);
     }
 }
 
@@ -387,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
         for (int i = 0; i < WORKS; ++i)
             expect(&shared.q_there[i], 1), expect(&shared.q_done[i], MULTIPLYING / 32);
         for (int i = 0; i < STAGES; ++i)
-            expect(&shared.fetched[i], 1), expect(&shared.there[i], TELLING),
+            expect(&shared.fetched[i], 1), expect(&shared.there[i], Telling<ROWS>::TELLERS),
                 expect(&shared.done[i], MULTIPLYING / 32);
         expect(&shared.finished, MULTIPLYING);
     }
@@ -401,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
         if (copier() == 0) {
             fetch<false>(given, shared, turn, q_turn);
             if (any_again(shared)) fetch<true>(given, shared, turn, q_turn);
-        } else if (copier() >= 32 && copier() < 32 * (1 + TELLING)) {
+        } else if (Telling<ROWS>::is_one()) {
             tell<false>(a, shared, turn);
             if (any_again(shared)) tell<true>(a, shared, turn);
         }
