@@ -68,7 +68,7 @@ def test_maps_of_tiles_have_the_addresses_of_each_call(kernel, monkeypatch):
     """A kernel that fetches none is not given any."""
     monkeypatch.setattr(launch, "driver_map", lambda it: it.address.to_bytes(128, "little"))
     views = {"k": View(0, (8, 8, 8, 8, 1)), "q": View(0, (8, 8, 8, 8, 1))}
-    tiles = (Tile.of("q", 64), Tile.of("k", 64))
+    tiles = (Tile("q", 64), Tile("k", 64))
     plain = Launch("source", {}, "kernel", 1, (32,))
     fetching = Launch("source", {}, "kernel", 1, (32,), tiles=tiles)
     work = Work((plain, fetching, plain))

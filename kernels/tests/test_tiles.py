@@ -21,15 +21,15 @@ PACKED = pack(SHAPE, VIEWS, 1.0)
 
 def test_rows_of_channels_lie_as_their_strides_say():
     """Of q: channels, queries, heads, rows s, batch."""
-    assert tiles.lying(Tile.of("q", 64), PACKED) == Lying(
+    assert tiles.lying(Tile("q", 64), PACKED) == Lying(
         16, (16, 5, 4, 3, 2), (128, 32, 640, 1920), (16, 64)
     )
-    assert tiles.lying(Tile.of("k", 128), PACKED).sizes == (16, 8, 2, 3, 2)
+    assert tiles.lying(Tile("k", 128), PACKED).sizes == (16, 8, 2, 3, 2)
 
 
 def test_a_pair_bias_lies_by_keys_and_queries():
     """An axis of one index has any step: the driver takes none of 0."""
-    assert tiles.lying(Tile.of("pair_bias", 64), PACKED) == Lying(
+    assert tiles.lying(Tile("pair_bias", 64), PACKED) == Lying(
         64, (8, 5, 4, 1, 2), (16, 80, 16, 320), (64, 64)
     )
 
@@ -38,7 +38,7 @@ def test_what_has_no_elements_has_no_map():
     """The driver would refuse it."""
     empty = pack(Shape(B=2, S=3, Q=5, K=0, H=4, G=2, D=16), VIEWS, 1.0)
     with pytest.raises(ValueError, match="k has no elements"):
-        tiles.lying(Tile.of("k", 64), empty)
+        tiles.lying(Tile("k", 64), empty)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_can_be_fetched(strides, can_be):
 
 
 def test_maps_follow_the_arguments():
-    fetched = Tile.of("q", 64), Tile.of("k", 64)
+    fetched = Tile("q", 64), Tile("k", 64)
     given = with_maps(PACKED, fetched, lambda it: bytes(128 * [it.address]))
     assert given[: ARGUMENTS.itemsize] == PACKED.tobytes()
     first = len(given) - 256
@@ -83,23 +83,23 @@ def driver(monkeypatch, error=0, address=None):
 
 def test_the_driver_is_asked_for_boxes(monkeypatch):
     asked = driver(monkeypatch)
-    made = driver_map(tiles.lying(Tile.of("q", 64), PACKED))
+    made = driver_map(tiles.lying(Tile("q", 64), PACKED))
     assert len(made) == 128
     assert int.from_bytes(made[:8], "little") == 16
     sizes, steps, box = (16, 5, 4, 3, 2), (128, 32, 640, 1920), (16, 64, 1, 1, 1)
     assert asked == [(1, 5, 16, sizes, steps, box, (1, 1, 1, 1, 1), (0, 1, 3, 0))]
-    driver_map(tiles.lying(Tile.of("pair_bias", 64), PACKED))
+    driver_map(tiles.lying(Tile("pair_bias", 64), PACKED))
     assert asked[1][-1] == (0, 3, 3, 0)  # rows of 128 bytes are swizzled otherwise
 
 
 def test_who_gets_no_map_is_told_of_what(monkeypatch):
     driver(monkeypatch, error=1)
     with pytest.raises(TileMapRefused, match=r"returned 1 for Lying\(address=16"):
-        driver_map(tiles.lying(Tile.of("q", 64), PACKED))
+        driver_map(tiles.lying(Tile("q", 64), PACKED))
 
 
 def test_a_map_that_does_not_begin_with_the_address_is_refused(monkeypatch):
     """Later calls write theirs there."""
     driver(monkeypatch, address=99)
     with pytest.raises(TileMapRefused, match="to begin with the address"):
-        driver_map(tiles.lying(Tile.of("q", 64), PACKED))
+        driver_map(tiles.lying(Tile("q", 64), PACKED))

@@ -445,7 +445,7 @@ def _grouped(grouped: Grouped, shape: Shape, dtype: str, chosen: Mapping[str, in
     blocks = min(works, max(at_once, -(-works // MOST_WORKS)))
     size = int(defines["SHARED_BYTES"])
     rows = {"q": grouped.own, "k": KEYS, "v": KEYS, "pair_bias": grouped.own}
-    tiles = tuple(Tile.of(name, rows[name]) for name in FETCHED)
+    tiles = tuple(Tile(name, rows[name]) for name in FETCHED)
     return Launch(GROUPED_SOURCE, defines, GROUPED_SOURCE, blocks, (grouped.threads,), size, tiles)
 
 

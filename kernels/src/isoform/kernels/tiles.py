@@ -44,19 +44,18 @@ class Tile:
     Attributes:
         operand: Its name.
         rows: Of a box: queries or keys.
-        columns: Of a box, adjacent in memory: channels, or keys of the pair bias. Of 128 bytes,
-            pieces of 16 bytes are swizzled: piece p of row r is where p ^ r % 8 would be; of 32
-            bytes, where p ^ r // 4 % 2 would be.
     """
 
     operand: str
     rows: int
-    columns: int
 
-    @classmethod
-    def of(cls, operand: str, rows: int) -> Tile:
-        """So many rows: of sixteen channels, as they are multiplied, or of 64 keys."""
-        return cls(operand, rows, 64 if operand == "pair_bias" else 16)
+    @property
+    def columns(self) -> int:
+        """Of a box, adjacent in memory: sixteen channels, as they are multiplied, or 64 keys of the
+        pair bias. Pieces of 16 bytes are swizzled: piece p of row r is where, with channels,
+        p ^ r // 4 % 2 would be, and with keys, p ^ r % 8.
+        """
+        return 64 if self.operand == "pair_bias" else 16
 
 
 @dataclass(frozen=True)

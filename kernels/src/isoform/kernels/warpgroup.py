@@ -305,5 +305,5 @@ def _launch(name: str, teams: Teams, shape: Shape, defines: Mapping[str, Define]
     size = int(defines["SHARED_BYTES"])
     streams = 64 * teams.across if name in PAIRS else KEYS
     stay = {"k", "v"} if name == "backward_key" else {"q", "dout", "pair_bias"}
-    tiles = tuple(Tile.of(one, own if one in stay else streams) for one in FETCHED[name])
+    tiles = tuple(Tile(one, own if one in stay else streams) for one in FETCHED[name])
     return Launch(source, defines, source, blocks, (threads,), size, tiles)

@@ -145,8 +145,8 @@ __device__ inline Named<SIZE> named_once(const Boxes<SIZE> &rows) {
 }
 
 // The tile that lies so many pieces after one that has a name.
-template <int SIZE, int AS_BEFORE>
-__device__ inline Named<SIZE> after(const Named<AS_BEFORE> &tile, int pieces) {
+template <int SIZE>
+__device__ inline Named<SIZE> after(const Named<SIZE> &tile, int pieces) {
     const uint4 *place = reinterpret_cast<const uint4 *>(&tile.rows) + pieces;
     const Boxes<SIZE> &rows = *reinterpret_cast<const Boxes<SIZE> *>(place);
 #ifdef ISOFORM_WARPGROUPS
@@ -355,6 +355,20 @@ struct LaneKeys {
 
 __device__ inline int copier() { return static_cast<int>(threadIdx.x) - MULTIPLYING; }
 
+// What the warp has written is there, and products find it.
+__device__ inline void is_told(Signal *there) {
+    shared_for_warpgroups();
+    __syncwarp();
+    if (lane() == 0) arrive(there);
+}
+
+// Of each stage: one fetches; so many warps tell, and so many arrive when they are done with it.
+template <class Shared>
+__device__ inline void expect_stages(Shared &shared, int telling, int done) {
+    for (int i = 0; i < STAGES; ++i)
+        expect(&shared.fetched[i], 1), expect(&shared.there[i], telling), expect(&shared.done[i], done);
+}
+
 // One thread fetches; of the other three warps as many tell as there are rows s, each of some of them.
 template <int MANY>
 struct Telling {
@@ -426,9 +440,7 @@ struct KeysOfRows {
                 if (r >= MANY) break;
                 LaneKeys::clear(kept[i], stage.k[r], stage.v[r]);
             }
-            shared_for_warpgroups();
-            __syncwarp();
-            if (lane() == 0) arrive(&shared.there[turn.stage()]);
+            is_told(&shared.there[turn.stage()]);
         }
     }
 };

@@ -119,9 +119,7 @@ __device__ void tell(const EvoformerArguments &a, Shared &shared) {
                     if (!kept(a, place.row(r), place.first + j))
                         shared.k[r].clear(j), shared.v[r].clear(j);
         }
-        shared_for_warpgroups();
-        __syncwarp();
-        if (lane() == 0) arrive(&shared.keys_there);
+        is_told(&shared.keys_there);
 
 #pragma unroll 1
         for (int h = 0; h < heads; ++h) {
@@ -175,9 +173,7 @@ __device__ void tell(const EvoformerArguments &a, Shared &shared) {
                             stage.q[r].clear(lane() + 32 * part),
                                 stage.cotangent[r].clear(lane() + 32 * part);
                 }
-                shared_for_warpgroups();
-                __syncwarp();
-                if (lane() == 0) arrive(&shared.there[turn.stage()]);
+                is_told(&shared.there[turn.stage()]);
             }
         }
     }
@@ -190,9 +186,6 @@ using Logits = float[CHUNK / 8][4];
 // Whether sums may be under way while the next logits are. Where they may change their unit, the assembler
 // does not see that they are not under way then.
 constexpr bool LATE = ELEMENT == 2;
-
-// Whether the warp's keys are in registers; otherwise products read them where they are.
-constexpr bool IN_REGISTERS = TEAMS < 4;
 
 // What a warp has of its sixteen keys of one row s, and sums for them: of lane / 4 and lane / 4 + 8.
 struct Own {
@@ -209,32 +202,27 @@ struct Own {
             for (int e = 0; e < 4; ++e) dk[n][e] = dv[n][e] = 0.0f;
     }
 
-    // Adds a tile of queries, of which the first has the `number`, where the warp's keys are from `own` on and
-    // have the `pair_bias`; `dp` is as its products begin. When the sums that were under way are done,
+    // Adds a tile of queries, of which the first has the `number`, and where the warp's keys have the pair
+    // bias from `column` on; `dp` is as its products begin. When the sums that were under way are done,
     // `before` is called; those of the last chunk are under way at the end.
     //
     // What is in shared memory is fetched while products are under way, which is not seen by the compiler.
     template <bool CAREFUL, class Before>
-    __device__ void add(const EvoformerArguments &a, const KeyRows &keys, const KeyRows &values, int own,
-                        const QueryRows &q, const QueryRows &cotangent, const SwizzledRow *pair_bias,
-                        const Queries &queries, Logits &dp, int64 number, const Before &before) {
+    __device__ void add(const EvoformerArguments &a, const QueryRows &q, const QueryRows &cotangent,
+                        const SwizzledRow *pair_bias, int column, const Queries &queries, Logits &dp,
+                        int64 number, const Before &before) {
         Logits s;
 #pragma unroll
         for (int first = 0; first < BLOCK; first += CHUNK) {
             warpgroup_begin();
-            if (IN_REGISTERS) {
-                multiply_rows(s, k, q, first);
-                multiply_rows(dp, v, cotangent, first, true);
-            } else {
-                multiply_rows(s, keys, own, q, first);
-                multiply_rows(dp, values, own, cotangent, first, true);
-            }
+            multiply_rows(s, k, q, first);
+            multiply_rows(dp, v, cotangent, first, true);
             warpgroup_commit();
             if (LATE) warpgroup_wait<1>();
             if (first == 0) before();
             unsigned biases[CHUNK / 16][4];
             float2 shifts[CHUNK / 8];
-            fetch_biases(biases, pair_bias + first, own % 64);
+            fetch_biases(biases, pair_bias + first, column);
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n)
                 shifts[n] = *reinterpret_cast<const float2 *>(queries.shift + first + 8 * n +
@@ -377,15 +365,10 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
         }
         wait_for(&shared.keys_there, phase);
         __syncwarp();
-        const auto keys_done = [&] {
-            __syncwarp();
-            if (lane() == 0) arrive(&shared.keys_done);
-        };
-        if (IN_REGISTERS) {
-            load_left(sums.k, shared.k[r], own);
-            load_left(sums.v, shared.v[r], own);
-            keys_done();
-        }
+        load_left(sums.k, shared.k[r], own);
+        load_left(sums.v, shared.v[r], own);
+        __syncwarp();
+        if (lane() == 0) arrive(&shared.keys_done);
 
         Signal *used = nullptr;  // of the tile before, of which sums may be under way
         const auto release = [&] {
@@ -406,12 +389,11 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
                 if (any_careful.y != 0) {
                     rarely();
                     const Head head = {at.b, at.s, at.h * (a.H / a.G) + t / tiles};
-                    sums.add<true>(a, shared.k[r], shared.v[r], own, stage.q[r], stage.cotangent[r],
-                                   pair_bias, queries, dp, number_of(a, head, t % tiles * BLOCK),
-                                   release);
+                    sums.add<true>(a, stage.q[r], stage.cotangent[r], pair_bias, own % 64, queries, dp,
+                                   number_of(a, head, t % tiles * BLOCK), release);
                 } else
-                    sums.add<false>(a, shared.k[r], shared.v[r], own, stage.q[r], stage.cotangent[r],
-                                    pair_bias, queries, dp, 0, release);
+                    sums.add<false>(a, stage.q[r], stage.cotangent[r], pair_bias, own % 64, queries, dp,
+                                    0, release);
             } else {
                 warpgroup_wait();
                 release();
@@ -421,7 +403,6 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
         warpgroup_wait();
         warpgroup_results(sums.dk), warpgroup_results(sums.dv);
         release();
-        if (!IN_REGISTERS) keys_done();
         if (!present) continue;
 
         if (a.mask_bias_parts != nullptr) {
@@ -449,9 +430,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
     if (threadIdx.x == 0) {
         expect(&shared.keys_fetched, 1), expect(&shared.keys_there, Telling<ACROSS>::TELLERS);
         expect(&shared.keys_done, MULTIPLYING / 32);
-        for (int i = 0; i < STAGES; ++i)
-            expect(&shared.fetched[i], 1), expect(&shared.there[i], Telling<ACROSS>::TELLERS),
-                expect(&shared.done[i], MULTIPLYING / 32);
+        expect_stages(shared, Telling<ACROSS>::TELLERS, MULTIPLYING / 32);
     }
     shared_for_warpgroups();
     __syncthreads();

@@ -73,9 +73,8 @@ __device__ inline void multiply(const EvoformerArguments &a, Shared &shared) {
         if (always_careful && way == QUICKLY) way = CAREFULLY;
         if (way != TEAM_HAS_NONE && kept != NONE_KEPT) {
             const int further = turn.stage() * pieces_of<Stage>;
-            const Named<QUERIES> q = after<QUERIES>(first_q, further);
-            const Named<QUERIES> cotangent = after<QUERIES>(q, pieces_of<QueryRows>);
-            const Named<KEYS> k = after<KEYS>(first_k, further), v = after<KEYS>(k, pieces_of<KeyRows>);
+            const Named<QUERIES> q = after(first_q, further), cotangent = after(q, pieces_of<QueryRows>);
+            const Named<KEYS> k = after(first_k, further), v = after(k, pieces_of<KeyRows>);
 #pragma unroll
             for (int first = 0; first < 64; first += CHUNK) {
                 Products x, dp;

@@ -120,13 +120,6 @@ __device__ inline void fetch(const Given &given, Common &shared) {
 
 constexpr int TELLING = 3;  // warps
 
-// The warp's part of a stage is told of, and products find it.
-__device__ inline void told(Common &shared, int stage) {
-    shared_for_warpgroups();
-    __syncwarp();
-    if (lane() == 0) arrive(&shared.there[stage]);
-}
-
 // Tells of the queries of all rows, and makes zeros of those without a key.
 __device__ inline void tell_queries(const EvoformerArguments &a, Common &shared) {
     constexpr int WORDS = QUERIES / 32;
@@ -178,7 +171,7 @@ __device__ inline void tell_queries(const EvoformerArguments &a, Common &shared)
             if (dead[i] || none) stage.q.clear(32 * i + lane());
             if (dead[i]) stage.cotangent.clear(32 * i + lane());
         }
-        told(shared, turn.stage());
+        is_told(&shared.there[turn.stage()]);
     }
 }
 
@@ -254,7 +247,7 @@ __device__ inline void tell_keys(const EvoformerArguments &a, Common &shared, in
                 const int j = first + 32 * i + lane();
                 stage.k.clear(j), stage.v.clear(j);
             }
-        told(shared, turn.stage());
+        is_told(&shared.there[turn.stage()]);
     }
 }
 
@@ -274,9 +267,7 @@ __device__ inline void begin_block(const EvoformerArguments &a, Common &shared, 
     if (threadIdx.x == 0) {
         shared.place = place_of(a);
         shared.zero = shared.strange = 0;
-        for (int i = 0; i < STAGES; ++i)
-            expect(&shared.fetched[i], 1), expect(&shared.there[i], TELLING),
-                expect(&shared.done[i], done);
+        expect_stages(shared, TELLING, done);
     }
     shared.halves.make();
     if (ADDED)

@@ -407,9 +407,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
         for (int r = 0; r < ACROSS; ++r) shared.stage[i].mask[r].make();
     if (threadIdx.x == 0) {
         expect(&shared.q_there, 1 + Telling<ACROSS>::TELLERS), expect(&shared.q_done, MULTIPLYING / 32);
-        for (int i = 0; i < STAGES; ++i)
-            expect(&shared.fetched[i], 1), expect(&shared.there[i], Telling<ACROSS>::TELLERS),
-                expect(&shared.done[i], MULTIPLYING / 32);
+        expect_stages(shared, Telling<ACROSS>::TELLERS, MULTIPLYING / 32);
     }
     shared_for_warpgroups();
     __syncthreads();

@@ -340,9 +340,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLYING + COPYING, BLOCKS)
     if (threadIdx.x == 0) {
         for (int i = 0; i < WORKS; ++i)
             expect(&shared.q_there[i], 1), expect(&shared.q_done[i], MULTIPLYING / 32);
-        for (int i = 0; i < STAGES; ++i)
-            expect(&shared.fetched[i], 1), expect(&shared.there[i], Telling<ROWS>::TELLERS),
-                expect(&shared.done[i], MULTIPLYING / 32);
+        expect_stages(shared, Telling<ROWS>::TELLERS, MULTIPLYING / 32);
         expect(&shared.finished, MULTIPLYING);
     }
     shared_for_warpgroups();

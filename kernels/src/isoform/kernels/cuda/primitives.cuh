@@ -269,7 +269,7 @@ __device__ inline TileName by_rows(SharedAddress first, unsigned across) {
 }
 
 // Of a right operand whose rows are summed over: from eight of them to the next eight it is `down` bytes.
-__device__ inline TileName by_columns(SharedAddress first, unsigned across, unsigned down = 128) {
+__device__ inline TileName by_columns(SharedAddress first, unsigned across, unsigned down) {
     return name_of(first, down, across);
 }
 

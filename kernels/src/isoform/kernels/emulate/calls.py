@@ -17,7 +17,6 @@ from isoform.kernels.arguments import View
 from isoform.kernels.emulate.program import Order, build
 from isoform.kernels.launch import Launch, Told
 from isoform.kernels.rotary_launch import Lying
-from isoform.kernels.tiles import with_maps
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +34,7 @@ def launch_all(launches: Iterable[Launch], arguments: Array, order: Order = "for
             launch.kernel,
             grid=(launch.blocks,),
             block=launch.threads,
-            arguments=with_maps(arguments, launch.tiles, tile_map),
+            arguments=tiles.with_maps(arguments, launch.tiles, tile_map),
             shared_bytes=launch.shared_bytes,
             order=order,
         )

@@ -21,7 +21,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static
 // In a function it implies `static`; after `extern` it does not, as `extern __shared__` needs.
