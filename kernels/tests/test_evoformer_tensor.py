@@ -182,11 +182,13 @@ def test_no_block_has_more_to_do_than_it_can_remember():
     assert forward.blocks == tiles(works, tensor.MOST_WORKS)
 
 
-def test_tiles_are_fetched_forwards():
+@pytest.mark.parametrize(("name", "axis"), [("q", 1), ("pair_bias", 3)])
+def test_tiles_are_fetched_forwards(name, axis):
     """A stride below 0 is nothing that a tile's map can say."""
     backwards = {**lying(TRIANGLE, UNGATED)}
-    q = backwards["q"]
-    backwards["q"] = replace(q, strides=(q.strides[0], -q.strides[1], *q.strides[2:]))
+    strides = [*backwards[name].strides]
+    strides[axis] *= -1
+    backwards[name] = replace(backwards[name], strides=tuple(strides))
     with geometries.of_device("a GPU", tensor.ROOM, 132, "sm_90"):
         (forward,) = tensor.forward(TRIANGLE, "bfloat16", backwards).launches
         backward = tensor.backward(TRIANGLE, "bfloat16", backwards, UNGATED)

@@ -341,7 +341,8 @@ def backward(
     if not wanted:
         return Work(())
     chosen = choices(shape, operands)
-    if shape.Q and shape.K and fetchable(operands, ROWS_OF_CHANNELS & operands.keys()):
+    fetched = operands.keys() & {name for names in warpgroup.FETCHED.values() for name in names}
+    if shape.Q and shape.K and fetchable(operands, fetched):
         together = warpgroup.backward(SPECIAL.get().teams, shape, dtype, chosen, wanted)
         if together is not None:
             return together
